@@ -1,0 +1,242 @@
+r"""Distributions whose diffusion is known exactly: the ground truth for every solver and likelihood.
+
+For x = α x₀ + σ ε, and with J the Jacobian of the denoiser E[x₀ | x]:
+
+    E[ε | x] = (x − α E[x₀ | x])/σ            tr J = (α/σ²) tr Cov[x₀ | x]            (Tweedie, to second order)
+    ∇·u = α̇ tr J + σ̇ (D − α tr J)/σ           divergence of the probability-flow velocity
+
+A mixture Σ w_k N(m_k, C_k) stays one, with means α m_k and covariances S_k = α² C_k + σ² I:
+
+    E[x₀ | x, k] = m_k + α C_k S_k⁻¹ (x − α m_k)        E[ε | x, k] = σ S_k⁻¹ (x − α m_k)
+    Cov[x₀ | x, k] = σ² C_k S_k⁻¹                       p(k | x) ∝ w_k N(x; α m_k, S_k)
+
+N points x⁽ⁱ⁾ are the mixture of N with C = 0:  p(i | x) = softmax_i(−‖x − α x⁽ⁱ⁾‖²/2σ²).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sde_diffusion.model import Model, Prediction
+from sde_diffusion.sde import SDE, expand_to
+
+
+class Distribution(ABC):
+    """A distribution of data with exact answers at every (α, σ), each () or (B,)."""
+
+    data_shape: tuple[int, ...]
+
+    @abstractmethod
+    def posterior(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Prediction, Tensor]:
+        """(E[x₀ | x], E[ε | x]), of x's shape (B, *data_shape), and tr J (B,)."""
+
+    @abstractmethod
+    def log_prob(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Log density (B,), in nats, of α x₀ + σ ε at x (B, *data_shape)."""
+
+    @abstractmethod
+    def sample(self, n: int, seed: int = 0) -> Tensor:
+        """Draw x₀ (n, *data_shape)."""
+
+    def under(self, sde: SDE) -> ExactModel:
+        """This distribution noised by ``sde``, as a model."""
+        return ExactModel(self, sde)
+
+
+class ExactModel(Model):
+    """A distribution under an SDE: the same interface as a network's, with the exact density besides."""
+
+    def __init__(self, distribution: Distribution, sde: SDE):
+        """Join them."""
+        self.distribution, self.sde, self.data_shape = distribution, sde, distribution.data_shape
+
+    def predict(self, x: Tensor, t: Tensor | float, **cond: Any) -> Prediction:
+        """E[x₀ | x] and E[ε | x], exactly.
+
+        Raises:
+            ValueError: for conditioning, which an exact model does not take, or a wrong shape.
+        """
+        if cond:
+            raise ValueError(f"cond = {sorted(cond)}: an exact model takes no conditioning")
+        self.check_data("x", x)
+        return self.distribution.posterior(x, *self._scales(x, t))[0]
+
+    def log_prob(self, x: Tensor, t: Tensor | float = 0.0) -> Tensor:
+        """log p_t(x) (B,), in nats."""
+        self.check_data("x", x)
+        return self.distribution.log_prob(x, *self._scales(x, t))
+
+    def divergence(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """Divergence (B,) of ``velocity`` at x."""
+        self.check_data("x", x)
+        t = self.sde.as_time(t, x)
+        alpha, sigma = self._scales(x, t)
+        trace = self.distribution.posterior(x, alpha, sigma)[1]
+        dimension = math.prod(self.data_shape)
+        return self.sde.alpha_dot(t) * trace + self.sde.sigma_dot(t) * (dimension - alpha * trace) / sigma
+
+    def sample(self, n: int, t: float = 0.0, seed: int = 0) -> Tensor:
+        """Draw x_t (n, *data_shape)."""
+        x0 = self.distribution.sample(n, seed)
+        generator = torch.Generator(x0.device).manual_seed(seed + 1)
+        noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+        return self.sde.perturb(x0, t, noise)
+
+    def _scales(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
+        t = self.sde.as_time(t, x)
+        return self.sde.alpha(t), self.sde.sigma(t)
+
+
+class GaussianMixture(Distribution):
+    """Σ w_k N(m_k, C_k) with full covariances."""
+
+    def __init__(self, means: Tensor, covariances: Tensor, weights: Tensor | None = None):
+        """Decompose the covariances once.
+
+        Args:
+            means: (K, *data_shape).
+            covariances: (K, D, D) with D the size of one example.
+            weights: (K,), positive, scaled to sum to one; equal by default.
+
+        Raises:
+            ValueError: for shapes that do not agree, weights that are not positive, or covariances that are not
+                symmetric and positive semi-definite.
+        """
+        components, self.data_shape = len(means), tuple(means.shape[1:])
+        flat = means.flatten(1)
+        dimension = flat.shape[1]
+        weights = torch.full_like(flat[:, 0], 1 / components) if weights is None else weights
+        if covariances.shape != (components, dimension, dimension):
+            raise ValueError(
+                f"covariances has shape {tuple(covariances.shape)}: need {(components, dimension, dimension)}"
+            )
+        if weights.shape != (components,) or not bool((weights > 0).all()):
+            raise ValueError(f"weights = {weights}: need {components} positive numbers")
+        # In float64: the smallest eigenvalues of a float32 covariance are otherwise lost.
+        eigenvalues, eigenvectors = torch.linalg.eigh(covariances.double())
+        if not torch.allclose(covariances, covariances.mT) or bool((eigenvalues < -1e-6 * eigenvalues.max()).any()):
+            raise ValueError("covariances: each must be symmetric and positive semi-definite")
+        self.means, self.weights = flat, weights / weights.sum()
+        self.eigenvalues = eigenvalues.clamp(min=0).to(flat.dtype)
+        self.eigenvectors = eigenvectors.to(flat.dtype)
+
+    def posterior(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Prediction, Tensor]:
+        """(E[x₀ | x], E[ε | x]) and tr J, in the eigenbasis of each component."""
+        rotated, variance = self._rotate(x, alpha, sigma)
+        scale, noise = _columns(alpha), _columns(sigma)
+        weight = torch.softmax(self._log_joint(rotated, variance), 1)
+        whitened = rotated / variance
+        eigenvalues, vectors = self.eigenvalues.to(x), self.eigenvectors.to(x)
+        shift = torch.einsum("kij,bkj->bki", vectors, eigenvalues * whitened)
+        component_mean = self.means.to(x) + scale * shift
+        x0 = torch.einsum("bk,bki->bi", weight, component_mean)
+        eps = torch.einsum("bk,kij,bkj->bi", weight, vectors, noise * whitened)
+        # tr Cov[x₀|x]/σ²: the spread within components, and of the components' means about the mean.
+        within = (weight * (eigenvalues / variance).sum(-1)).sum(1)
+        between = (weight * (component_mean - x0[:, None]).square().sum(-1)).sum(1) / sigma.square()
+        return Prediction(x0.reshape(x.shape), eps.reshape(x.shape)), alpha * (within + between)
+
+    def log_prob(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """log Σ w_k N(x; α m_k, S_k)."""
+        rotated, variance = self._rotate(x, alpha, sigma)
+        constant = 0.5 * rotated.shape[-1] * math.log(2 * math.pi)
+        return torch.logsumexp(self._log_joint(rotated, variance), 1) - constant
+
+    def sample(self, n: int, seed: int = 0) -> Tensor:
+        """Pick a component, then draw from it."""
+        generator = torch.Generator(self.means.device).manual_seed(seed)
+        component = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        z = torch.randn(n, self.means.shape[1], generator=generator, device=component.device, dtype=self.means.dtype)
+        spread = torch.einsum(
+            "bij,bj->bi", self.eigenvectors[component], self.eigenvalues[component].sqrt() * z
+        )
+        return (self.means[component] + spread).reshape(n, *self.data_shape)
+
+    def _rotate(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """x − α m_k in each component's eigenbasis, and the variances there; both (B, K, D)."""
+        scale, noise = _columns(alpha), _columns(sigma)
+        centred = x.flatten(1)[:, None] - scale * self.means.to(x)
+        rotated = torch.einsum("kij,bki->bkj", self.eigenvectors.to(x), centred)
+        return rotated, (scale.square() * self.eigenvalues.to(x) + noise.square()).expand_as(rotated)
+
+    def _log_joint(self, rotated: Tensor, variance: Tensor) -> Tensor:
+        """log w_k N(x; α m_k, S_k) up to the constant; (B, K)."""
+        return self.weights.to(rotated).log() - 0.5 * (rotated.square() / variance + variance.log()).sum(-1)
+
+
+class Gaussian(GaussianMixture):
+    """N(m, C), the mixture of one."""
+
+    def __init__(self, mean: Tensor, covariance: Tensor):
+        """Set mean (*data_shape) and covariance (D, D); errors as for the mixture."""
+        super().__init__(mean[None], covariance[None])
+
+
+class Empirical(Distribution):
+    """N equally likely points: the exact model of a data set, which generates nothing but its points."""
+
+    def __init__(self, points: Tensor, chunk: int = 4096):
+        """Keep the points.
+
+        Args:
+            points: (N, *data_shape).
+            chunk: points taken at a time; memory grows with B·chunk, not with B·N.
+
+        Raises:
+            ValueError: without points, or for a chunk below 1.
+        """
+        if len(points) == 0:
+            raise ValueError("points is empty: need at least one")
+        if chunk < 1:
+            raise ValueError(f"chunk = {chunk}: must be at least 1")
+        self.points, self.chunk, self.data_shape = points.flatten(1), chunk, tuple(points.shape[1:])
+
+    def posterior(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Prediction, Tensor]:
+        """Softmax averages of the points and of their squared norms, accumulated chunk by chunk."""
+        total = x.new_full((len(x),), -math.inf, dtype=torch.float64)
+        mean, square = torch.zeros_like(x.flatten(1), dtype=torch.float64), torch.zeros_like(total)
+        for points, log_weight in self._chunks(x, alpha, sigma):
+            updated = torch.logaddexp(total, torch.logsumexp(log_weight, 1))
+            weight, keep = torch.exp(log_weight - updated[:, None]), torch.exp(total - updated)
+            mean = keep[:, None] * mean + weight @ points
+            square = keep * square + weight @ points.square().sum(1)
+            total = updated
+        trace = alpha * (square - mean.square().sum(1)).clamp(min=0).to(x.dtype) / sigma.square()
+        x0 = mean.to(x.dtype).reshape(x.shape)
+        return Prediction(x0, (x - expand_to(alpha, x) * x0) / expand_to(sigma, x)), trace
+
+    def log_prob(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """log (1/N) Σ N(x; α x⁽ⁱ⁾, σ² I); infinite at σ = 0, where there is no density."""
+        total = torch.stack([torch.logsumexp(w, 1) for _, w in self._chunks(x, alpha, sigma)]).logsumexp(0)
+        dimension = self.points.shape[1]
+        constant = dimension * (torch.log(sigma.double()) + 0.5 * math.log(2 * math.pi)) + math.log(len(self.points))
+        return (total - constant).to(x.dtype)
+
+    def sample(self, n: int, seed: int = 0) -> Tensor:
+        """Draw points with replacement."""
+        generator = torch.Generator(self.points.device).manual_seed(seed)
+        index = torch.randint(len(self.points), (n,), generator=generator, device=self.points.device)
+        return self.points[index].reshape(n, *self.data_shape)
+
+    def _chunks(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Points (C, D) with −‖x − α x⁽ⁱ⁾‖²/2σ² (B, C).
+
+        In float64: the expanded square loses at small σ all that float32 holds, and the direct one needs (B, C, D).
+        """
+        flat, scale = x.flatten(1).double(), alpha.double().reshape(-1, 1)
+        for points in self.points.to(flat.device).split(self.chunk):
+            points = points.double()
+            cross = flat @ points.T
+            distance = flat.square().sum(1, keepdim=True) - 2 * scale * cross + scale.square() * points.square().sum(1)
+            yield points, -distance / (2 * sigma.double().square().reshape(-1, 1))
+
+
+def _columns(coefficient: Tensor) -> Tensor:
+    """(B,) or () to (B, 1, 1) or (1, 1, 1)."""
+    return coefficient.reshape(-1, 1, 1)

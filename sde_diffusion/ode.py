@@ -1,0 +1,89 @@
+r"""Initial value problems dx/ds = v(x, s), solved by torchdiffeq.
+
+Adaptive methods keep the estimated error e of every step below tolerance in the norm
+
+    max over samples of  RMS( e / (atol + rtol max(|x|, |x'|)) )
+
+so that no sample's error hides among those of the batch. They look beyond the end of the interval; s is clamped to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torchdiffeq
+from torch import Tensor
+
+ADAPTIVE_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
+FIXED_METHODS = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams")
+
+
+class SolverError(RuntimeError):
+    """A solver could not reach the end of its interval; says where it stopped, after how many evaluations."""
+
+
+def integrate(
+    velocity: Callable[[tuple[Tensor, ...], Tensor], tuple[Tensor, ...]],
+    state: tuple[Tensor, ...],
+    grid: Sequence[float],
+    *,
+    method: str = "dopri5",
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    max_steps: int = 10_000,
+    observe: Callable[[int, Tensor], None] | None = None,
+) -> tuple[Tensor, ...]:
+    """Solve from grid[0] to grid[-1].
+
+    Args:
+        velocity: maps (state, s) to the derivatives of the state; s is a () float64 tensor.
+        state: tensors (B, ...) each.
+        grid: strictly monotone points; a fixed-step method steps from each to the next, an adaptive one is free
+            between the first and the last.
+        method: one of ``ADAPTIVE_METHODS`` or ``FIXED_METHODS``.
+        rtol: relative tolerance of an adaptive step.
+        atol: absolute tolerance of an adaptive step.
+        max_steps: after this many steps an adaptive method gives up.
+        observe: called with (i, first tensor of the state) at grid point i > 0.
+
+    Returns:
+        The state at grid[-1].
+
+    Raises:
+        ValueError: for an unknown method, a tolerance that is not positive, or fewer than two grid points.
+        SolverError: if the step size underflows, the state stops being finite, or ``max_steps`` is reached.
+    """
+    if method not in ADAPTIVE_METHODS + FIXED_METHODS:
+        raise ValueError(f"method = {method!r}: must be one of {', '.join(ADAPTIVE_METHODS + FIXED_METHODS)}")
+    if not (rtol > 0 and atol > 0):
+        raise ValueError(f"rtol = {rtol}, atol = {atol}: must be positive")
+    if len(grid) < 2:
+        raise ValueError(f"grid = {list(grid)}: needs at least two points")
+    first, last = min(grid[0], grid[-1]), max(grid[0], grid[-1])
+    reached, calls = grid[0], 0
+
+    def clamped(s: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        nonlocal reached, calls
+        calls += 1
+        reached = s
+        return velocity(state, s.clamp(first, last))
+
+    points = torch.tensor(grid, dtype=torch.float64, device=state[0].device)
+    options: dict[str, Any] = {}
+    if method in ADAPTIVE_METHODS:
+        options = {"norm": _largest_rms, "max_num_steps": max_steps, "dtype": torch.float64}
+    try:
+        path = torchdiffeq.odeint(clamped, state, points, rtol=rtol, atol=atol, method=method, options=options)
+    except AssertionError as error:
+        raise SolverError(f"{method} stopped at {float(reached):.6g} after {calls} evaluations: {error}") from error
+    if observe is not None:
+        for i in range(1, len(grid)):
+            observe(i, path[0][i])
+    return tuple(tensor[-1] for tensor in path)
+
+
+def _largest_rms(error: tuple[Tensor, ...]) -> Tensor:
+    """Largest over samples, and over the tensors of the state, of each one's root mean square."""
+    return torch.stack([tensor.flatten(1).square().mean(1).max() for tensor in error]).max().sqrt()

@@ -1,0 +1,167 @@
+r"""The reverse SDE handed to torchsde, over u = log(σ/α):  dx = drift du + η √2 σ dW̄.
+
+torchsde runs time upwards in equal steps; r = 0…N counts ours, u = u_start + r Δu. Fixed steps draw each sample's
+increments from its own stream. Adaptive ones need a whole Brownian path that can be looked up anywhere, and share
+their step size within a batch: there each sample is solved alone, so that it does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import deque
+from typing import Any, ClassVar
+
+import torch
+import torchsde
+from torch import Tensor
+
+from sde_diffusion.samplers.noise import Streams, StepNoise
+from sde_diffusion.samplers.solver import Problem, Solver
+from sde_diffusion.sde import drift_in_log_noise, non_negative
+
+# Our noise does not depend on x, so Itô's and Stratonovich's readings are one; a method accepts only its own.
+METHODS = {
+    "euler": ("ito", "none"),
+    "milstein": ("ito", "none"),
+    "srk": ("ito", "space-time"),
+    "heun": ("stratonovich", "none"),
+    "euler_heun": ("stratonovich", "none"),
+    "midpoint": ("stratonovich", "none"),
+    "reversible_heun": ("stratonovich", "none"),
+    "log_ode": ("stratonovich", "foster"),
+}
+
+
+class TorchSDE(Solver):
+    """Any method of torchsde by its name."""
+
+    stochastic: ClassVar[bool] = True
+    default_steps: ClassVar[int] = 100
+
+    def __init__(
+        self, method: str = "srk", eta: float = 1.0, adaptive: bool = False, rtol: float = 1e-3, atol: float = 1e-3
+    ):
+        """Choose the method and, for adaptive steps, the tolerances.
+
+        Raises:
+            ValueError: for an unknown method, or η or a tolerance that is not positive.
+        """
+        if method not in METHODS:
+            raise ValueError(f"method = {method!r}: must be one of {', '.join(METHODS)}")
+        if not (rtol > 0 and atol > 0 and non_negative("eta", eta) > 0):
+            raise ValueError(f"eta = {eta}, rtol = {rtol}, atol = {atol}: must be positive")
+        self.method, self.eta, self.adaptive, self.rtol, self.atol = method, float(eta), adaptive, rtol, atol
+
+    def evaluations_per_step(self) -> int:
+        """Not fixed: some methods evaluate a step's end for the next step too."""
+        raise ValueError("nfe: torchsde's methods choose their own evaluations; set steps instead")
+
+    def solve(self, problem: Problem, x: Tensor) -> Tensor:
+        """Integrate from grid[0] to grid[-1].
+
+        Raises:
+            ValueError: unless the grid's steps are equal in log-SNR.
+        """
+        u = torch.tensor([problem.sde.log_noise(t) for t in problem.grid], dtype=torch.float64)
+        equal = torch.linspace(float(u[0]), float(u[-1]), len(u), dtype=torch.float64)
+        if not torch.allclose(u, equal, atol=1e-6):
+            raise ValueError("grid: torchsde takes equal steps in log-SNR; leave grid at 'log_snr' and set steps")
+        return self._solve_alone(problem, x, u) if self.adaptive else self._solve_batch(problem, x, u)
+
+    def _solve_batch(self, problem: Problem, x: Tensor, u: Tensor) -> Tensor:
+        levy_area = METHODS[self.method][1]
+        path = _Increments(StepNoise(problem.streams, (x[0].numel(),), x.dtype), (len(x), x[0].numel()), levy_area)
+        states = self._integrate(problem, x, u, path)
+        for i in range(1, len(u)):
+            problem.observe(i, states[i])
+        return states[-1]
+
+    def _solve_alone(self, problem: Problem, x: Tensor, u: Tensor) -> Tensor:
+        solved = []
+        for i, seed in enumerate(problem.streams.seeds()):
+            path = torchsde.BrownianInterval(
+                t0=0.0,
+                t1=float(len(u) - 1),
+                size=(1, x[0].numel()),
+                dtype=x.dtype,
+                device=x.device,
+                entropy=seed,
+                levy_area_approximation=METHODS[self.method][1],
+            )
+            solved.append(self._integrate(problem.single(i), x[i : i + 1], u, path))
+        states = torch.cat(solved, dim=1)
+        for i in range(1, len(u)):
+            problem.observe(i, states[i])
+        return states[-1]
+
+    def _integrate(self, problem: Problem, x: Tensor, u: Tensor, path: Any) -> Tensor:
+        """States (N + 1, B, ...) at r = 0…N."""
+        reverse = _Reverse(problem, x.shape[1:], u, self.eta, METHODS[self.method][0])
+        with warnings.catch_warnings():
+            # The noise does not depend on x, for which torchsde's warning about adaptive Euler is meant.
+            warnings.filterwarnings("ignore", message="Numerical solution is not guaranteed")
+            states = torchsde.sdeint(
+                reverse,
+                x.flatten(1),
+                torch.arange(len(u), dtype=x.dtype, device=x.device),
+                bm=path,
+                method=self.method,
+                dt=1.0,
+                adaptive=self.adaptive,
+                rtol=self.rtol,
+                atol=self.atol,
+            )
+        return states.reshape(len(u), *x.shape)
+
+
+class _Reverse(torch.nn.Module):
+    """torchsde's view of the reverse SDE: states (B, D), drift f and diagonal noise g over r."""
+
+    noise_type = "diagonal"
+
+    def __init__(self, problem: Problem, shape: torch.Size, u: Tensor, eta: float, sde_type: str):
+        super().__init__()
+        self.problem, self.shape, self.eta, self.sde_type = problem, shape, eta, sde_type
+        self.start, self.stride = float(u[0]), float(u[1] - u[0])
+        self._known: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=4)
+
+    def f(self, r: Tensor, y: Tensor) -> Tensor:
+        """Drift a unit of r.
+
+        The last answers are kept: torchsde asks for the first once more to learn its shape, and for those of a
+        step's four stages again at every later stage.
+        """
+        for known_r, known_y, drift in self._known:
+            if known_y is y and torch.equal(known_r, r):
+                return drift
+        x = y.reshape(-1, *self.shape)
+        drift = drift_in_log_noise(self.problem.sde, self.problem.predict, x, self._log_noise(r), self.eta)
+        self._known.append((r, y, (self.stride * drift).flatten(1)))
+        return self._known[-1][2]
+
+    def g(self, r: Tensor, y: Tensor) -> Tensor:
+        """η √(2 |Δu|) σ."""
+        sigma = self.problem.sde.sigma(self.problem.sde.time_change(self._log_noise(r))[0])
+        return (self.eta * math.sqrt(2 * abs(self.stride)) * sigma).to(y.dtype).expand_as(y)
+
+    def _log_noise(self, r: Tensor) -> Tensor:
+        return self.start + self.stride * r.double()
+
+
+class _Increments:
+    """A Brownian path for a solver that asks once for each of a run of intervals."""
+
+    def __init__(self, noise: StepNoise, shape: tuple[int, int], levy_area_approximation: str):
+        self.noise, self.shape, self.levy_area_approximation = noise, shape, levy_area_approximation
+
+    def __call__(self, start: Tensor, end: Tensor, return_U: bool = False, return_A: bool = False) -> Any:
+        """W(end) − W(start) (B, D), and its time integral U if asked.
+
+        U = h W/2 + √(h³/12) z. The Lévy area A multiplies a commutator that is 0 for diagonal noise independent of x.
+        """
+        h = end - start
+        increment = h.sqrt() * self.noise()
+        if return_U:
+            return increment, 0.5 * h * increment + torch.sqrt(h**3 / 12) * self.noise()
+        return (increment, torch.zeros_like(increment)) if return_A else increment

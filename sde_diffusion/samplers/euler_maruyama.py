@@ -1,0 +1,39 @@
+r"""Euler-Maruyama on the reverse SDE: x_s = x_t + drift(x_t, t) (s − t) + η g(t) √(t − s) z.
+
+Song et al. 2021, appendix E; η scales the noise, and η = 0 is Euler's method on the probability-flow ODE.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sde_diffusion.samplers.solver import Noise, Predict, StepSolver
+from sde_diffusion.sde import SDE, non_negative
+
+
+class EulerMaruyama(StepSolver):
+    """First order in law, one evaluation a step."""
+
+    stochastic: ClassVar[bool] = True
+    default_steps: ClassVar[int] = 1000
+
+    def __init__(self, eta: float = 1.0):
+        """Set η >= 0; every value has the same marginals in the limit of small steps."""
+        self.eta = non_negative("eta", eta)
+
+    def prepare(self, sde: SDE, times: Tensor) -> dict[str, Tensor]:
+        """Step, rates of the drift, and standard deviation of the noise."""
+        t, dt = times[:-1], times[1:] - times[:-1]
+        data_rate, noise_rate = sde.reverse_rates(t, self.eta)
+        std = self.eta * sde.diffusion(t) * torch.sqrt(-dt)
+        return {"t": t, "dt": dt, "data_rate": data_rate, "noise_rate": noise_rate, "std": std}
+
+    def step(self, predict: Predict, x: Tensor, c: SimpleNamespace, noise: Noise) -> Tensor:
+        """Drift, then noise."""
+        x0, eps = predict(x, c.t)
+        x = x + (c.data_rate * x0 + c.noise_rate * eps) * c.dt
+        return x + c.std * noise() if self.eta else x

@@ -1,0 +1,59 @@
+"""Times at which a solver stops on its way from noise to data.
+
+| name    | equal steps in          |
+|---------|-------------------------|
+| log_snr | log(σ/α), so that the noise falls by one factor a step, whatever the SDE |
+| t       | time                    |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from sde_diffusion.sde import SDE
+
+
+def _equal_in_time(sde: SDE, start: float, end: float, steps: int) -> torch.Tensor:
+    return torch.linspace(start, end, steps + 1, dtype=torch.float64)
+
+
+def _equal_in_log_snr(sde: SDE, start: float, end: float, steps: int) -> torch.Tensor:
+    noise = torch.linspace(sde.log_noise(start), sde.log_noise(end), steps + 1, dtype=torch.float64)
+    return sde.t_from_log_snr(-2 * noise)
+
+
+GRIDS: dict[str, Callable[[SDE, float, float, int], torch.Tensor]] = {
+    "log_snr": _equal_in_log_snr,
+    "t": _equal_in_time,
+}
+
+
+def time_grid(sde: SDE, kind: str | Sequence[float], start: float, end: float, steps: int) -> list[float]:
+    """Decreasing times, ``steps`` + 1 of them, from ``start`` to ``end`` exactly.
+
+    Args:
+        sde: whose times they are.
+        kind: a key of ``GRIDS``, or the times themselves.
+        start: the noisy end.
+        end: the end at the data.
+        steps: number of steps; not used for given times.
+
+    Raises:
+        ValueError: for an unknown kind, a non-decreasing grid or one outside [0, T], or a "log_snr" grid that ends
+            where there is no noise.
+    """
+    if not isinstance(kind, str):
+        times = [sde.check_time("grid", float(t)) for t in kind]
+        if len(times) < 2 or any(s >= t for t, s in zip(times, times[1:], strict=False)):
+            raise ValueError(f"grid = {times}: needs at least two strictly decreasing times")
+        return times
+    if kind not in GRIDS:
+        raise ValueError(f"grid = {kind!r}: must be one of {', '.join(GRIDS)}, or decreasing times")
+    if not start > end:
+        raise ValueError(f"t_start = {start}, t_end = {end}: t_start must be the larger")
+    inner = GRIDS[kind](sde, start, end, steps)[1:-1]
+    if not bool(torch.isfinite(inner).all()):
+        raise ValueError(f"t_end = {end}: the noise is 0 there; use grid='t' or a t_end above it")
+    return [start, *inner.tolist(), end]

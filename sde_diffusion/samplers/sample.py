@@ -1,0 +1,253 @@
+"""``sample``: one call from noise to data with any solver, any model and any SDE."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sde_diffusion.model import Model, Prediction
+from sde_diffusion.samplers.brownian import TorchSDE
+from sde_diffusion.samplers.ddim import DDIM, DDPM
+from sde_diffusion.samplers.euler_maruyama import EulerMaruyama
+from sde_diffusion.samplers.grids import time_grid
+from sde_diffusion.samplers.heun import Heun
+from sde_diffusion.samplers.noise import Streams
+from sde_diffusion.samplers.ode import ODE
+from sde_diffusion.samplers.solver import Problem, Solver
+
+SOLVERS: dict[str, type[Solver]] = {
+    "em": EulerMaruyama,
+    "ode": ODE,
+    "heun": Heun,
+    "ddim": DDIM,
+    "ddpm": DDPM,
+    "torchsde": TorchSDE,
+}
+
+_NUMBERS_A_BATCH = 2**20
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What ``sample`` returns.
+
+    Attributes:
+        samples: (n, *data_shape), distributed as p at times[-1].
+        nfe: evaluations of the model that a sample went through; the largest, if batches differ.
+        nfe_per_sample: (n,) the same for each.
+        seconds: wall-clock time.
+        times: the grid of times.
+        trajectory: (len(times), n, *data_shape), or None if it was not asked for.
+    """
+
+    samples: Tensor
+    nfe: int
+    nfe_per_sample: Tensor
+    seconds: float
+    times: list[float]
+    trajectory: Tensor | None = None
+
+
+def solvers() -> list[str]:
+    """Names that ``sample`` takes as ``solver``."""
+    return list(SOLVERS)
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    n: int,
+    *,
+    solver: str = "ode",
+    nfe: int | None = None,
+    steps: int | None = None,
+    grid: str | Sequence[float] | None = None,
+    x_start: Tensor | None = None,
+    t_start: float | None = None,
+    t_end: float | None = None,
+    cond: Mapping[str, Any] | None = None,
+    guidance: Callable[[Model], Model] | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    trajectory: bool = False,
+    callback: Callable[[int, float, Tensor], None] | None = None,
+    **solver_options: Any,
+) -> Samples:
+    """Draw samples by solving the reverse diffusion.
+
+    Sample i of a seed draws from a stream of its own, so it is the same whatever n, the batch size or the number of
+    processes (up to rounding; with an adaptive "ode", which shares its steps within a batch, up to its tolerance).
+
+    Args:
+        model: a trained or exact model.
+        n: how many.
+        solver: a name in ``solvers()``.
+        nfe: evaluations of the model allowed; excludes ``steps``.
+        steps: steps of the solver; its own default if neither is given.
+        grid: "log_snr", "t", or the decreasing times themselves.
+        x_start: where to start, (n, *data_shape), in place of draws from the prior.
+        t_start: the time of x_start; t_max by default, and always without x_start.
+        t_end: where to stop; t_min by default.
+        cond: keyword arguments for the model; tensors of length n are cut into batches.
+        guidance: maps the model to the one to be sampled from.
+        batch_size: samples solved together; by default as many as hold 2²⁰ numbers.
+        seed: of all random numbers.
+        device: where to compute; the model's device by default.
+        dtype: of the samples; the model's parameters' by default, else torch's default.
+        trajectory: keep the states at all times of the grid.
+        callback: called with (i, t, x) after step i of every batch.
+        **solver_options: keyword arguments of the solver's class.
+
+    Raises:
+        ValueError: naming the argument that is wrong, its value and what is allowed.
+        SolverError: if an adaptive solver cannot go on.
+    """
+    method = _make_solver(solver, solver_options)
+    times = _grid(model, method, nfe, steps, grid, t_start, t_end, x_start is not None, trajectory)
+    if n < 1 or (batch_size is not None and batch_size < 1):
+        raise ValueError(f"n = {n}, batch_size = {batch_size}: must be at least 1")
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    device = torch.device(device or (torch.get_default_device() if parameter is None else parameter.device))
+    dtype = dtype or (torch.get_default_dtype() if parameter is None else parameter.dtype)
+    if x_start is not None:
+        model.check_data("x_start", x_start)
+        if len(x_start) != n:
+            raise ValueError(f"x_start holds {len(x_start)} states: must hold n = {n}")
+    batch_size = batch_size or max(1, _NUMBERS_A_BATCH // math.prod(model.data_shape))
+    guided = guidance(model) if guidance else model
+    results, paths, counts = [], [], []
+    started = time.perf_counter()
+    with _evaluating(model):
+        for first in range(0, n, batch_size):
+            indices = range(first, min(n, first + batch_size))
+            streams = Streams(seed, indices, device)
+            if x_start is None:
+                x = model.sde.prior_std * streams.normal(model.data_shape, dtype)
+            else:
+                x = x_start[first : indices.stop].to(device=device, dtype=dtype)
+            batch = _Batch(guided, _slice(cond or {}, n, indices), [x] if trajectory else None, callback, times)
+            problem = Problem(model.sde, batch.predict, times, streams, batch.observe, batch.single)
+            results.append(method.solve(problem, x))
+            counts.append(batch.nfe_per_sample(len(indices)))
+            if batch.states is not None:
+                paths.append(torch.stack(batch.states))
+    nfe_per_sample = torch.cat(counts)
+    return Samples(
+        torch.cat(results),
+        int(nfe_per_sample.max()),
+        nfe_per_sample,
+        time.perf_counter() - started,
+        times,
+        torch.cat(paths, 1) if trajectory else None,
+    )
+
+
+class _Batch:
+    """One batch's conditioning, its count of evaluations, and its record."""
+
+    def __init__(
+        self,
+        model: Model,
+        cond: dict[str, Any],
+        states: list[Tensor] | None,
+        callback: Callable[[int, float, Tensor], None] | None,
+        times: list[float],
+    ):
+        self.model, self.cond, self.states, self.callback, self.times = model, cond, states, callback, times
+        self.nfe = 0
+        self.alone: dict[int, _Batch] = {}
+
+    def predict(self, x: Tensor, t: Tensor) -> Prediction:
+        self.nfe += 1
+        return self.model.predict(x, t, **self.cond)
+
+    def observe(self, i: int, x: Tensor) -> None:
+        if self.states is not None:
+            self.states.append(x)
+        if self.callback is not None:
+            self.callback(i, self.times[i], x)
+
+    def single(self, i: int) -> Callable[[Tensor, Tensor], Prediction]:
+        """``predict`` for sample i alone."""
+        cond = {k: v[i : i + 1] if isinstance(v, Tensor) and v.ndim else v for k, v in self.cond.items()}
+        self.alone[i] = _Batch(self.model, cond, None, None, self.times)
+        return self.alone[i].predict
+
+    def nfe_per_sample(self, size: int) -> Tensor:
+        return torch.tensor([self.nfe + (self.alone[i].nfe if i in self.alone else 0) for i in range(size)])
+
+
+def _make_solver(name: str, options: dict[str, Any]) -> Solver:
+    if name not in SOLVERS:
+        raise ValueError(f"solver = {name!r}: must be one of {', '.join(SOLVERS)}")
+    allowed = list(inspect.signature(SOLVERS[name]).parameters)
+    for option in options:
+        if option not in allowed:
+            raise ValueError(f"{option}: solver {name!r} takes {', '.join(allowed) or 'no options'}")
+    return SOLVERS[name](**options)
+
+
+def _grid(
+    model: Model,
+    solver: Solver,
+    nfe: int | None,
+    steps: int | None,
+    grid: str | Sequence[float] | None,
+    t_start: float | None,
+    t_end: float | None,
+    has_start: bool,
+    trajectory: bool,
+) -> list[float]:
+    if steps is not None and nfe is not None:
+        raise ValueError(f"steps = {steps} and nfe = {nfe}: give one of them")
+    if grid is not None and not isinstance(grid, str) and not (steps is nfe is t_start is t_end is None):
+        raise ValueError("grid is given as times: steps, nfe, t_start and t_end cannot be given too")
+    for name, number in (("steps", steps), ("nfe", nfe)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} = {number}: must be at least 1")
+    sde = model.sde
+    start = sde.t_max if t_start is None else sde.check_time("t_start", t_start)
+    end = sde.t_min if t_end is None else sde.check_time("t_end", t_end)
+    if nfe is not None:
+        steps = solver.steps_for(nfe)
+    if steps is None:
+        # An adaptive method needs no stops on its way but those that are to be looked at.
+        steps = 1 if getattr(solver, "is_adaptive", False) and not trajectory else solver.default_steps
+    times = time_grid(sde, grid if grid is not None else solver.default_grid, start, end, steps)
+    if times[0] < sde.t_max and not has_start:
+        raise ValueError(f"t_start = {times[0]}: a start before t_max = {sde.t_max} needs x_start")
+    return times
+
+
+def _slice(cond: Mapping[str, Any], n: int, indices: range) -> dict[str, Any]:
+    batch = {}
+    for name, value in cond.items():
+        if isinstance(value, Tensor) and value.ndim:
+            if len(value) != n:
+                raise ValueError(f"cond[{name!r}] has length {len(value)}: must be n = {n}")
+            value = value[indices.start : indices.stop]
+        batch[name] = value
+    return batch
+
+
+@contextmanager
+def _evaluating(model: Model) -> Iterator[None]:
+    """The model in evaluation mode, without dropout, and back in its own after."""
+    was_training = isinstance(model, nn.Module) and model.training
+    if isinstance(model, nn.Module):
+        model.eval()
+    try:
+        yield
+    finally:
+        if isinstance(model, nn.Module):
+            model.train(was_training)

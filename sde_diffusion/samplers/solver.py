@@ -1,0 +1,94 @@
+"""What a solver is: a map from noise to data along a grid of times, over any SDE and any model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sde_diffusion.model import Prediction
+from sde_diffusion.samplers.noise import Streams, StepNoise
+from sde_diffusion.sde import SDE
+
+Predict = Callable[[Tensor, Tensor], Prediction]
+Noise = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One batch to solve.
+
+    Attributes:
+        sde: the noising process.
+        predict: (x, t) -> (x̂₀, ε̂), with its conditioning bound and its calls counted.
+        grid: decreasing times, from where x is given to where it is wanted.
+        streams: a random stream a sample.
+        observe: to be called with (i, x) at grid[i], i > 0.
+        predict_alone: i -> predict for sample i of the batch alone.
+    """
+
+    sde: SDE
+    predict: Predict
+    grid: list[float]
+    streams: Streams
+    observe: Callable[[int, Tensor], None]
+    predict_alone: Callable[[int], Predict]
+
+    def single(self, i: int) -> Problem:
+        """The problem of sample i alone; it is observed with its batch."""
+        return replace(self, predict=self.predict_alone(i))
+
+
+class Solver(ABC):
+    """Base of all solvers; the keyword arguments of a subclass are the user's ``solver_options``."""
+
+    stochastic: ClassVar[bool] = False
+    default_steps: ClassVar[int] = 50
+    default_grid: ClassVar[str] = "log_snr"
+
+    def steps_for(self, nfe: int) -> int:
+        """Steps that ``nfe`` evaluations of the model allow.
+
+        Raises:
+            ValueError: if there is no such number, or it is 0.
+        """
+        steps = nfe // self.evaluations_per_step()
+        if steps < 1:
+            raise ValueError(f"nfe = {nfe}: one step takes {self.evaluations_per_step()} evaluations")
+        return steps
+
+    def evaluations_per_step(self) -> int:
+        """Evaluations of the model in one step."""
+        return 1
+
+    @abstractmethod
+    def solve(self, problem: Problem, x: Tensor) -> Tensor:
+        """Take x (B, ...) from grid[0] to grid[-1]."""
+
+
+class StepSolver(Solver):
+    """A solver of fixed steps: all coefficients first, in float64, then one line of arithmetic a step."""
+
+    @abstractmethod
+    def prepare(self, sde: SDE, times: Tensor) -> dict[str, Tensor]:
+        """Coefficients (N,) by name, for the N steps between decreasing times (N + 1,)."""
+
+    @abstractmethod
+    def step(self, predict: Predict, x: Tensor, c: SimpleNamespace, noise: Noise) -> Tensor:
+        """One step; c holds its coefficients, () each, under the names that ``prepare`` gave them."""
+
+    def solve(self, problem: Problem, x: Tensor) -> Tensor:
+        """Prepare, then step."""
+        times = torch.tensor(problem.grid, dtype=torch.float64)
+        coefficients = self.prepare(problem.sde, times)
+        columns = [value.to(device=x.device, dtype=x.dtype).unbind() for value in coefficients.values()]
+        noise = StepNoise(problem.streams, x.shape[1:], x.dtype)
+        for i, row in enumerate(zip(*columns, strict=True), start=1):
+            x = self.step(problem.predict, x, SimpleNamespace(**dict(zip(coefficients, row, strict=True))), noise)
+            problem.observe(i, x)
+        return x

@@ -1,0 +1,214 @@
+"""Runs on disk: safetensors and JSON only, each checkpoint whole or absent.
+
+    workdir/
+      config.json                       the resolved config
+      metrics.jsonl, tensorboard/       a line every log_every steps
+      samples/                          sample pictures
+      checkpoints/00001000/             after 1000 steps
+        model.safetensors               averaged (EMA) weights, the ones to use
+        raw.safetensors                 the weights being trained
+        optimizer.safetensors           AdamW's moments
+        state.json                      the step
+
+The header of every model file holds what is needed to rebuild the model, so that one file is enough to share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sde_diffusion.data.info import DataInfo
+from sde_diffusion.model import DiffusionModel
+from sde_diffusion.networks import build_network
+from sde_diffusion.sde import SDES
+
+_HEADER = "sde_diffusion"
+
+
+class CheckpointError(ValueError):
+    """A file that is missing, damaged, or of another model."""
+
+
+def build_model(config: Mapping[str, Any], data_shape: tuple[int, ...], data: DataInfo, network: Any) -> DiffusionModel:
+    """The model that a resolved config describes, for data of this shape; a given network stands in for its own."""
+    if network is None:
+        network = build_network(**config["network"], data_shape=data_shape)
+    sde_options = dict(config["sde"])
+    sde = SDES[sde_options.pop("name")](**sde_options)
+    return DiffusionModel(network, sde, data_shape=data_shape, data=data, **config["model"])
+
+
+def save_model(model: DiffusionModel, path: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+    """Write one .safetensors that ``load`` can read: weights, and in the header config, data shape and range."""
+    description = {"config": config, "data_shape": model.data_shape, "data": asdict(model.data)}
+    _save_tensors(model.state_dict(), Path(path), {_HEADER: json.dumps(description)})
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    network: Callable[..., Tensor] | None = None,
+    raw: bool = False,
+    device: torch.device | str | None = None,
+) -> DiffusionModel:
+    """Rebuild a trained model, in evaluation mode.
+
+    Args:
+        path: a run directory, of which the newest checkpoint is read, or one .safetensors.
+        network: the network to fill, for a run that was given one of the user's own.
+        raw: of a run directory, the weights as trained in place of their average.
+        device: where to put it.
+
+    Raises:
+        CheckpointError: if nothing is there, or it is damaged, or its tensors do not fit the network.
+    """
+    path = Path(path)
+    if path.is_dir():
+        checkpoint = newest_checkpoint(path)
+        if checkpoint is None:
+            raise CheckpointError(f"{path}: no checkpoint in this directory")
+        path = checkpoint / ("raw.safetensors" if raw else "model.safetensors")
+    tensors, header = _load_tensors(path)
+    try:
+        description = json.loads(header[_HEADER])
+        data_shape, data = tuple(description["data_shape"]), DataInfo(**description["data"])
+        config = description["config"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its header does not describe a model of this library") from error
+    if network is None and config["network"]["name"] == "custom":
+        raise CheckpointError(f"{path}: was trained with a network of the user's own; pass it as network=")
+    model = build_model(config, data_shape, data, network)
+    fill(model, tensors, path)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Copy tensors into a module, keeping its memory format.
+
+    Raises:
+        CheckpointError: naming the first tensor that is missing, left over, or of another shape.
+    """
+    own = module.state_dict()
+    for name in [*own, *tensors]:
+        if name not in tensors or name not in own or own[name].shape != tensors[name].shape:
+            found = tuple(tensors[name].shape) if name in tensors else "nothing"
+            needed = tuple(own[name].shape) if name in own else "nothing"
+            raise CheckpointError(f"{path}: tensor {name}: the file has {found}, the network {needed}")
+    module.load_state_dict(dict(tensors))
+
+
+def newest_checkpoint(workdir: Path) -> Path | None:
+    """The checkpoint of the most steps, or None."""
+    found = _checkpoints(workdir)
+    return found[-1] if found else None
+
+
+def save_checkpoint(
+    workdir: Path,
+    step: int,
+    config: Mapping[str, Any],
+    raw: DiffusionModel,
+    average: DiffusionModel,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+) -> Path:
+    """Write everything needed to go on from this step, then delete all but the ``keep`` newest."""
+    final = workdir / "checkpoints" / f"{step:08d}"
+    partial = final.with_name(f"partial-{step:08d}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_model(raw, partial / "raw.safetensors", config)
+    save_model(average, partial / "model.safetensors", config)
+    _save_tensors(dict(_optimizer_tensors(optimizer)), partial / "optimizer.safetensors", {})
+    write_json(partial / "state.json", {"step": step})
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    _sync(final.parent)
+    for old in _checkpoints(workdir)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(
+    path: Path, raw: DiffusionModel, average: DiffusionModel, optimizer: torch.optim.Optimizer
+) -> int:
+    """Restore what ``save_checkpoint`` wrote; returns the step.
+
+    Raises:
+        CheckpointError: naming the damaged file or the tensor that does not fit.
+    """
+    for model, name in ((raw, "raw.safetensors"), (average, "model.safetensors")):
+        fill(model, _load_tensors(path / name)[0], path / name)
+    state: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, tensor in _load_tensors(path / "optimizer.safetensors")[0].items():
+        index, kind = name.split(".")
+        parameter = parameters[int(index)]
+        if tensor.shape == parameter.shape and tensor.ndim:
+            # In the parameter's own memory format: a fused step walks both in storage order.
+            tensor = torch.empty_like(parameter).copy_(tensor)
+        state.setdefault(int(index), {})[kind] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(read_json(path / "state.json")["step"])
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    _sync(partial)
+    partial.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; CheckpointError if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def _checkpoints(workdir: Path) -> list[Path]:
+    return sorted(path for path in (workdir / "checkpoints").glob("[0-9]*") if path.is_dir())
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    for index, moments in optimizer.state_dict()["state"].items():
+        for kind, tensor in moments.items():
+            yield f"{index}.{kind}", tensor
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial, metadata=header)
+    _sync(partial)
+    partial.replace(path)
+
+
+def _load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file or directory to the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

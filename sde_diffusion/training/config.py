@@ -1,0 +1,201 @@
+"""What a training run can be told, with its defaults, and the check that nothing else was said."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import inspect
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sde_diffusion.data import DATASETS
+from sde_diffusion.losses import TIMES, WEIGHTINGS
+from sde_diffusion.model import PREDICTIONS
+from sde_diffusion.networks import NETWORKS
+from sde_diffusion.sde import SDES
+
+
+class ConfigError(ValueError):
+    """A field that does not exist, or holds what it cannot."""
+
+
+def default_config() -> ConfigDict:
+    """Every field of a run, locked against misspelling; a file in configs/ changes some of them.
+
+    ``sde``, ``network``, ``data`` and ``loss.time`` name a class or function of the library; their other fields are
+    its keyword arguments, and may be replaced as a whole: ``config.network = {"name": "mlp", "width": 128}``.
+    """
+    return ConfigDict(
+        {
+            "seed": 0,
+            "data": {"name": "fashion_mnist"},
+            "flip": False,  # mirror half of the images, left to right
+            "sde": {"name": "vp"},
+            "network": {"name": "unet"},
+            "model": {"prediction": "edm", "sigma_data": 0.5},
+            "loss": {"weighting": "edm", "time": {"name": "log_normal"}},
+            "optim": {
+                "lr": 2e-4,
+                "beta1": 0.9,
+                "beta2": 0.999,
+                "eps": 1e-8,
+                "weight_decay": 0.0,
+                "warmup": 1000,  # steps of linear rise
+                "schedule": "cosine",  # to 0 at the last step; or "constant"
+                "grad_clip": 1.0,  # largest norm of the gradient; 0 does not clip
+            },
+            "ema": {"decay": 0.9999},
+            "train": {
+                "steps": 100_000,
+                "batch_size": 128,
+                "device": "auto",  # the accelerator if there is one; or a torch device
+                "precision": "float32",  # or "bfloat16": autocast of the network
+                "workers": 0,  # processes that load data
+                "log_every": 100,  # steps between lines of metrics
+                "checkpoint_every": 2000,
+                "keep_checkpoints": 2,
+                "sample_every": 10_000,  # steps between sample pictures; 0 draws none
+                "sample_count": 64,
+            },
+            "workdir": "",  # nothing is written without one
+        }
+    ).lock()
+
+
+# Fields that may differ when a run is taken up again: they change neither the data nor a step.
+RESUMABLE = frozenset(
+    {
+        "workdir",
+        "train.device",
+        "train.workers",
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.sample_every",
+        "train.sample_count",
+    }
+)
+
+_CHOICES = {
+    "optim.schedule": ("cosine", "constant"),
+    "train.precision": ("float32", "bfloat16"),
+    "model.prediction": PREDICTIONS,
+    "loss.weighting": tuple(WEIGHTINGS),
+}
+_POSITIVE = ("optim.lr", "optim.eps", "model.sigma_data", "train.batch_size", "train.log_every", "train.sample_count")
+_POSITIVE += ("train.checkpoint_every", "train.keep_checkpoints")
+_NOT_NEGATIVE = ("seed", "optim.weight_decay", "optim.warmup", "optim.grad_clip", "train.steps", "train.workers")
+_NOT_NEGATIVE += ("train.sample_every",)
+_FRACTIONS = ("optim.beta1", "optim.beta2", "ema.decay")
+# Sections whose fields are the keyword arguments of a named class; the second entry counts the arguments the
+# library itself supplies, which a config may not.
+_NAMED: dict[str, tuple[Mapping[str, Callable[..., Any]], tuple[str, ...]]] = {
+    "data": (DATASETS, ("split",)),
+    "sde": (SDES, ()),
+    "network": (NETWORKS, ("data_shape",)),
+    "loss.time": (TIMES, ("sde", "u")),
+}
+
+
+def resolve_config(config: Mapping[str, Any] | ConfigDict | str | os.PathLike[str]) -> ConfigDict:
+    """A complete, checked copy of a config.
+
+    Args:
+        config: a ConfigDict or mapping with some or all of ``default_config``'s fields, or the path of a Python file
+            with ``get_config()``.
+
+    Raises:
+        ConfigError: naming the field that is unknown or wrong, its value and what is allowed.
+    """
+    if isinstance(config, str | os.PathLike):
+        config = load_config_file(config)
+    given = config.to_dict() if isinstance(config, ConfigDict) else copy.deepcopy(dict(config))
+    values = default_config().to_dict()
+    _merge(values, given, "")
+    _check(values)
+    return ConfigDict(values).lock()
+
+
+def load_config_file(path: str | os.PathLike[str]) -> ConfigDict:
+    """Run ``get_config()`` of a Python file.
+
+    Raises:
+        ConfigError: if there is no such file or function, or it sets a field that does not exist.
+    """
+    if not os.path.isfile(path):
+        raise ConfigError(f"config = {os.fspath(path)!r}: no such file")
+    spec = importlib.util.spec_from_file_location("sde_diffusion_config", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"config = {os.fspath(path)!r}: must be a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return module.get_config()
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(f"config = {os.fspath(path)!r}: {error.args[0] if error.args else error}") from error
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value})
+    return flat
+
+
+def _merge(values: dict[str, Any], given: Mapping[str, Any], prefix: str) -> None:
+    for name, value in given.items():
+        field = prefix + name
+        if field in _NAMED:
+            values[name] = _check_named(field, value)
+        elif name not in values:
+            raise ConfigError(f"{field}: no such field; there are {', '.join(prefix + known for known in values)}")
+        elif isinstance(values[name], dict):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{field} = {value!r}: must be a section with {', '.join(values[name])}")
+            _merge(values[name], value, field + ".")
+        else:
+            values[name] = _cast(field, value, type(values[name]))
+
+
+def _check_named(field: str, section: Any) -> dict[str, Any]:
+    registry, supplied = _NAMED[field]
+    if not isinstance(section, Mapping) or section.get("name") not in registry:
+        name = section.get("name") if isinstance(section, Mapping) else section
+        raise ConfigError(f"{field}.name = {name!r}: must be one of {', '.join(registry)}")
+    allowed = [p for p in inspect.signature(registry[section["name"]]).parameters if p not in supplied]
+    for option in section:
+        if option != "name" and option not in allowed:
+            raise ConfigError(f"{field}.{option}: {section['name']} takes {', '.join(allowed) or 'no options'}")
+    return dict(section)
+
+
+def _cast(field: str, value: Any, kind: type) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is float and is_number:
+        return float(value)
+    if kind is int and is_number and value == int(value):
+        return int(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{field} = {value!r}: must be of type {kind.__name__}")
+    return value
+
+
+def _check(values: dict[str, Any]) -> None:
+    flat = flatten(values)
+    for field, choices in _CHOICES.items():
+        if flat[field] not in choices:
+            raise ConfigError(f"{field} = {flat[field]!r}: must be one of {', '.join(choices)}")
+    for field in _POSITIVE:
+        if not 0 < flat[field] < math.inf:
+            raise ConfigError(f"{field} = {flat[field]}: must be positive")
+    for field in _NOT_NEGATIVE:
+        if not 0 <= flat[field] < math.inf:
+            raise ConfigError(f"{field} = {flat[field]}: must be at least 0")
+    for field in _FRACTIONS:
+        if not 0 <= flat[field] < 1:
+            raise ConfigError(f"{field} = {flat[field]}: must be in [0, 1)")

@@ -1,0 +1,342 @@
+"""The training loop: config in, checkpoints out, resumable after any of them.
+
+    x₀ = dequantised data,  t from the config's distribution,  ε ~ N(0, I)
+    step AdamW on  mean over the batch of  w(t) ‖target − prediction(α x₀ + σ ε, t)‖²
+    average  ← d average + (1 − d) weights,   d = min(decay, (1 + step)/(10 + step))
+
+Every random number of a step is a function of the seed, the step and the example's place in the global batch alone
+(dropout: of the seed and the step), so a resumed run takes exactly the steps that an uninterrupted one would.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, Sampler, default_collate
+from tqdm import tqdm
+
+from sde_diffusion.data import as_dataset, load_dataset
+from sde_diffusion.data.pictures import save_picture
+from sde_diffusion.losses import TIMES, denoising_loss
+from sde_diffusion.model import DiffusionModel
+from sde_diffusion.samplers import sample
+from sde_diffusion.samplers.noise import Streams
+from sde_diffusion.training.checkpoint import (
+    build_model,
+    load_checkpoint,
+    newest_checkpoint,
+    read_json,
+    save_checkpoint,
+    write_json,
+)
+from sde_diffusion.training.config import RESUMABLE, ConfigError, flatten, resolve_config
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: the loss is no longer a number."""
+
+
+@dataclass
+class TrainResult:
+    """Where a run stands; what ``train`` returns and its callbacks are given."""
+
+    model: DiffusionModel  # with averaged weights: for sampling and evaluation
+    raw_model: DiffusionModel  # with the weights being trained
+    step: int
+    workdir: Path | None
+    metrics: dict[str, float] = field(default_factory=dict)  # the last line logged
+
+
+def train(
+    config: ConfigDict | Mapping[str, Any] | str | Path,
+    network: nn.Module | None = None,
+    dataset: Any = None,
+    callbacks: Sequence[Callable[[TrainResult], None]] = (),
+) -> TrainResult:
+    """Train a score network, or go on with the run that is in ``config.workdir``.
+
+    Args:
+        config: some or all fields of ``default_config``, or the path of a file in configs/.
+        network: a module called as network(x, t), in place of the config's.
+        dataset: an array (N, ...), a tensor or a torch Dataset, in place of the config's.
+        callbacks: each called with a TrainResult after every line of metrics.
+
+    Returns:
+        The averaged and the raw model, the step reached, the last metrics and the run's directory.
+
+    Raises:
+        ConfigError: for a field that is unknown or wrong, or differs from that of the run to go on with.
+        CheckpointError: if the checkpoint to go on from is damaged or of another model.
+        TrainingError: if the loss is no longer finite; the last checkpoint stands.
+    """
+    config = resolve_config(config)
+    dataset = load_dataset(split="train", **config.data) if dataset is None else as_dataset(dataset)
+    device = _device(config.train.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        description = _description(config, network)
+        if network is None and getattr(dataset, "classes", 0) and config.network.get("classes"):
+            _check_classes(config.network.classes, dataset.classes)
+        raw = build_model(description, dataset.data_shape, dataset.data, network).to(device)
+        run = _Run(config, description, dataset, raw, device)
+        return run.finish(callbacks)
+
+
+class _Run:
+    """The state of a run and the steps it takes."""
+
+    def __init__(
+        self, config: ConfigDict, description: dict[str, Any], dataset: Any, raw: DiffusionModel, device: torch.device
+    ):
+        self.config, self.description, self.dataset, self.raw, self.device = config, description, dataset, raw, device
+        self.workdir = Path(config.workdir) if config.workdir else None
+        self.step = 0
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(
+            raw.parameters(),
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            fused=True,
+        )
+        self.average = AveragedModel(raw, multi_avg_fn=self._average)
+        self.average.module.eval().requires_grad_(False)
+        if self.workdir:
+            self._take_up()
+
+    def finish(self, callbacks: Sequence[Callable[[TrainResult], None]]) -> TrainResult:
+        """Take all the steps that remain."""
+        options = self.config.train
+        result = TrainResult(self.average.module, self.raw, self.step, self.workdir)
+        log = _Log(self.workdir, self.step)
+        total, since, started = torch.zeros((), device=self.device), self.step, time.perf_counter()
+        self.raw.train()
+        bar = tqdm(total=options.steps, initial=self.step, desc="train", unit="step", disable=None)
+        with log, bar:
+            for values, label in self._batches():
+                loss, grad_norm = self._take_step(values, label)
+                total += loss
+                bar.update()
+                if self.step % options.log_every == 0 or self.step == options.steps:
+                    taken, elapsed = self.step - since, time.perf_counter() - started
+                    result.step, result.metrics = self.step, {
+                        "step": self.step,
+                        "loss": self._finite(float(total) / taken),
+                        "grad_norm": float(grad_norm),
+                        "lr": self._learning_rate(self.step - 1),
+                        "images_per_second": taken * options.batch_size / elapsed,
+                    }
+                    log.write(result.metrics)
+                    bar.set_postfix_str(
+                        f"loss {result.metrics['loss']:.4f}, {result.metrics['images_per_second']:.0f} images/s"
+                    )
+                    total, since, started = torch.zeros_like(total), self.step, time.perf_counter()
+                if self.workdir and (self.step % options.checkpoint_every == 0 or self.step == options.steps):
+                    self._finite(float(loss))
+                    self._save()
+                if self.workdir and options.sample_every and self.step % options.sample_every == 0:
+                    self._draw_samples(self.workdir / "samples" / f"{self.step:08d}.png")
+                if result.step == self.step:
+                    for callback in callbacks:
+                        callback(result)
+        self.raw.eval()
+        return result
+
+    def _take_step(self, values: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
+        config = self.config
+        x0, t, noise = self._draw(values.to(self.device, non_blocking=True))
+        cond = {} if label is None else {"label": label.to(self.device, non_blocking=True)}
+        # Dropout reads torch's global generator: seeded here, it too depends on the seed and the step alone.
+        torch.manual_seed(int(np.random.SeedSequence((config.seed, self.step)).generate_state(1)[0]))
+        is_half = config.train.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16) if is_half else nullcontext():
+            loss = denoising_loss(self.raw, x0, t, noise, config.loss.weighting, **cond).mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        limit = config.optim.grad_clip or math.inf
+        grad_norm = nn.utils.clip_grad_norm_(self.raw.parameters(), limit)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate(self.step)
+        self.optimizer.step()
+        self.step += 1
+        self.average.update_parameters(self.raw)
+        return loss.detach(), grad_norm
+
+    def _draw(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Dequantise and flip a batch, and draw its times and noise: one stream an example."""
+        first = self.step * len(values)
+        streams = Streams(self.config.seed, range(first, first + len(values)), self.device)
+        shape = values.shape[1:]
+        uniform = streams.uniform((2 + (shape.numel() if self.dataset.data.bits else 0),))
+        x0 = values.float()
+        if self.dataset.data.bits:
+            x0 = self.dataset.data.dequantize(values, uniform[:, 2:].reshape(values.shape))
+        if self.config.flip:
+            x0 = torch.where((uniform[:, 1] < 0.5).reshape(-1, *[1] * len(shape)), x0.flip(-1), x0)
+        options = dict(self.config.loss.time)
+        t = TIMES[options.pop("name")](self.raw.sde, uniform[:, 0], **options)
+        return x0, t, streams.normal(shape)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The batches of the remaining steps, (values, labels or None)."""
+        options = self.config.train
+        order = _Order(len(self.dataset), self.config.seed, self.step, options.steps, options.batch_size)
+        has_label = bool(getattr(self.raw.network, "classes", 0))
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=order,
+            num_workers=options.workers,
+            pin_memory=self.device.type != "cpu",
+            collate_fn=_collate,
+        )
+        for values, label in loader:
+            if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+                raise ValueError(f"dataset: a value in the batch of step {self.step} is NaN or infinite")
+            if has_label and label is None:
+                raise ConfigError("network.classes is set, but the data set has no labels")
+            yield values, label if has_label else None
+
+    def _learning_rate(self, step: int) -> float:
+        optim = self.config.optim
+        rate = optim.lr * min(1.0, (step + 1) / max(1, optim.warmup))
+        if optim.schedule == "cosine":
+            rate *= 0.5 * (1 + math.cos(math.pi * step / self.config.train.steps))
+        return rate
+
+    def _average(self, averages: list[Tensor], weights: list[Tensor], count: Any) -> None:
+        decay = min(self.config.ema.decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+    def _take_up(self) -> None:
+        assert self.workdir is not None
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        checkpoint = newest_checkpoint(self.workdir)
+        if checkpoint is None:
+            write_json(self.workdir / "config.json", self.description)
+            return
+        _check_same(flatten(read_json(self.workdir / "config.json")), flatten(self.description), self.workdir)
+        self.step = load_checkpoint(checkpoint, self.raw, self.average.module, self.optimizer)
+        self.average.n_averaged.fill_(self.step)
+
+    def _save(self) -> None:
+        assert self.workdir is not None
+        keep = self.config.train.keep_checkpoints
+        save_checkpoint(
+            self.workdir, self.step, self.description, self.raw, self.average.module, self.optimizer, keep
+        )
+
+    def _draw_samples(self, path: Path) -> None:
+        count, classes = self.config.train.sample_count, getattr(self.raw.network, "classes", 0)
+        cond = {"label": torch.arange(count, device=self.device) % classes} if classes else None
+        drawn = sample(self.average.module, count, solver="heun", steps=20, cond=cond, seed=self.config.seed)
+        save_picture(drawn.samples, self.dataset.data, path)
+
+    def _finite(self, loss: float) -> float:
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss is {loss} at step {self.step}: lower optim.lr, or look for outliers in the data")
+        return loss
+
+
+class _Order(Sampler[list[int]]):
+    """Indices of each batch: one permutation an epoch, of (seed, epoch) alone; batches run across epochs."""
+
+    def __init__(self, size: int, seed: int, first_step: int, steps: int, batch_size: int):
+        self.size, self.seed, self.steps, self.batch_size = size, seed, range(first_step, steps), batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, permutation = -1, np.empty(0, dtype=np.int64)
+        for step in self.steps:
+            batch = []
+            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+                if position // self.size != epoch:
+                    epoch = position // self.size
+                    permutation = np.random.default_rng((self.seed, epoch)).permutation(self.size)
+                batch.append(int(permutation[position % self.size]))
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+class _Log:
+    """metrics.jsonl and TensorBoard, each without the lines that a resumed run will write again."""
+
+    def __init__(self, workdir: Path | None, step: int):
+        self._file = self._board = None
+        if workdir is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        path = workdir / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, metrics: Mapping[str, float]) -> None:
+        if self._file is None or self._board is None:
+            return
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            if name != "step":
+                self._board.add_scalar(name, value, int(metrics["step"]))
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None and self._board is not None:
+            self._file.close()
+            self._board.close()
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise ConfigError(f"train.device = {name!r}: must be 'auto' or a torch device") from error
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def _description(config: ConfigDict, network: nn.Module | None) -> dict[str, Any]:
+    """The config as it is stored: without its place, and a network of the user's own named so, not described."""
+    values = config.to_dict()
+    del values["workdir"]
+    if network is not None:
+        values["network"] = {"name": "custom"}
+    return values
+
+
+def _collate(items: list[Any]) -> tuple[Tensor, Tensor | None]:
+    batch = default_collate(items)
+    return (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
+
+
+def _check_classes(classes: int, needed: int) -> None:
+    if classes < needed:
+        raise ConfigError(f"network.classes = {classes}: the data set has {needed} classes")
+
+
+def _check_same(stored: dict[str, Any], given: dict[str, Any], workdir: Path) -> None:
+    """Refuse to go on with a run under another config, where that would change its steps."""
+    for name in stored.keys() | given.keys():
+        if name not in RESUMABLE and stored.get(name) != given.get(name):
+            raise ConfigError(
+                f"{name} = {given.get(name)!r}: the run in {workdir} has {stored.get(name)!r}; "
+                "use its config to go on, or another workdir to begin anew"
+            )
