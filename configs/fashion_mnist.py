@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
             "blocks_per_level": 1,
             "attention_resolutions": (),
             "time_scale": 10.0,
+            "groups": 2,  # few wide groups: on a CPU in channels_last, normalisation is several times faster
         }
     )
     # Wider than EDM's (-1.2, 1.2): a likelihood needs the low noise levels too.
@@ -23,7 +24,7 @@ def get_config() -> ConfigDict:
     config.optim.lr = 1e-3
     config.optim.warmup = 500
     config.ema.decay = 0.999
-    config.train.steps = 12_000
+    config.train.steps = 8_000
     config.train.batch_size = 64
     config.train.precision = "bfloat16"
     config.train.checkpoint_every = 500

@@ -33,8 +33,12 @@ class Distribution(ABC):
     data_shape: tuple[int, ...]
 
     @abstractmethod
-    def posterior(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Prediction, Tensor]:
-        """(E[x₀ | x], E[ε | x]), of x's shape (B, *data_shape), and tr J (B,)."""
+    def predict(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
+        """(E[x₀ | x], E[ε | x]), of x's shape (B, *data_shape)."""
+
+    @abstractmethod
+    def denoiser_trace(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """tr J (B,)."""
 
     @abstractmethod
     def log_prob(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -65,7 +69,7 @@ class ExactModel(Model):
         if cond:
             raise ValueError(f"cond = {sorted(cond)}: an exact model takes no conditioning")
         self.check_data("x", x)
-        return self.distribution.posterior(x, *self._scales(x, t))[0]
+        return self.distribution.predict(x, *self._scales(x, t))
 
     def log_prob(self, x: Tensor, t: Tensor | float = 0.0) -> Tensor:
         """log p_t(x) (B,), in nats."""
@@ -77,7 +81,7 @@ class ExactModel(Model):
         self.check_data("x", x)
         t = self.sde.as_time(t, x)
         alpha, sigma = self._scales(x, t)
-        trace = self.distribution.posterior(x, alpha, sigma)[1]
+        trace = self.distribution.denoiser_trace(x, alpha, sigma)
         dimension = math.prod(self.data_shape)
         return self.sde.alpha_dot(t) * trace + self.sde.sigma_dot(t) * (dimension - alpha * trace) / sigma
 
@@ -105,9 +109,13 @@ class GaussianMixture(Distribution):
             weights: (K,), positive, scaled to sum to one; equal by default.
 
         Raises:
-            ValueError: for shapes that do not agree, weights that are not positive, or covariances that are not
-                symmetric and positive semi-definite.
+            ValueError: for shapes that do not agree, means that are not floating or none, weights that are not
+                positive, or covariances that are not symmetric and positive semi-definite.
         """
+        if means.ndim < 2 or len(means) == 0 or not means.is_floating_point():
+            raise ValueError(
+                f"means has shape {tuple(means.shape)}, dtype {means.dtype}: need a floating (K, *data_shape), K >= 1"
+            )
         components, self.data_shape = len(means), tuple(means.shape[1:])
         flat = means.flatten(1)
         dimension = flat.shape[1]
@@ -126,21 +134,27 @@ class GaussianMixture(Distribution):
         self.eigenvalues = eigenvalues.clamp(min=0).to(flat.dtype)
         self.eigenvectors = eigenvectors.to(flat.dtype)
 
-    def posterior(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Prediction, Tensor]:
-        """(E[x₀ | x], E[ε | x]) and tr J, in the eigenbasis of each component."""
+    def predict(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
+        """Each component's answer, weighted by p(k | x)."""
         rotated, variance = self._rotate(x, alpha, sigma)
-        scale, noise = _columns(alpha), _columns(sigma)
         weight = torch.softmax(self._log_joint(rotated, variance), 1)
-        whitened = rotated / variance
-        eigenvalues, vectors = self.eigenvalues.to(x), self.eigenvectors.to(x)
-        shift = torch.einsum("kij,bkj->bki", vectors, eigenvalues * whitened)
-        component_mean = self.means.to(x) + scale * shift
-        x0 = torch.einsum("bk,bki->bi", weight, component_mean)
-        eps = torch.einsum("bk,kij,bkj->bi", weight, vectors, noise * whitened)
-        # tr Cov[x₀|x]/σ²: the spread within components, and of the components' means about the mean.
+        whitened = weight[..., None] * rotated / variance
+        shift = self._rotate_back(self.eigenvalues.to(x) * whitened)
+        x0 = weight @ self.means.to(x) + alpha.reshape(-1, 1) * shift
+        eps = sigma.reshape(-1, 1) * self._rotate_back(whitened)
+        return Prediction(x0.reshape(x.shape), eps.reshape(x.shape))
+
+    def denoiser_trace(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """α/σ² times the spread within components and that of their means about the mean."""
+        rotated, variance = self._rotate(x, alpha, sigma)
+        weight = torch.softmax(self._log_joint(rotated, variance), 1)
+        eigenvalues = self.eigenvalues.to(x)
+        shift = torch.einsum("kij,bkj->bki", self.eigenvectors.to(x), eigenvalues * rotated / variance)
+        component_mean = self.means.to(x) + alpha.reshape(-1, 1, 1) * shift
+        mean = torch.einsum("bk,bki->bi", weight, component_mean)
         within = (weight * (eigenvalues / variance).sum(-1)).sum(1)
-        between = (weight * (component_mean - x0[:, None]).square().sum(-1)).sum(1) / sigma.square()
-        return Prediction(x0.reshape(x.shape), eps.reshape(x.shape)), alpha * (within + between)
+        between = (weight * (component_mean - mean[:, None]).square().sum(-1)).sum(1)
+        return alpha * (within + between / sigma.square())
 
     def log_prob(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """log Σ w_k N(x; α m_k, S_k)."""
@@ -160,10 +174,14 @@ class GaussianMixture(Distribution):
 
     def _rotate(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """x − α m_k in each component's eigenbasis, and the variances there; both (B, K, D)."""
-        scale, noise = _columns(alpha), _columns(sigma)
-        centred = x.flatten(1)[:, None] - scale * self.means.to(x)
+        centred = x.flatten(1)[:, None] - alpha.reshape(-1, 1, 1) * self.means.to(x)
         rotated = torch.einsum("kij,bki->bkj", self.eigenvectors.to(x), centred)
-        return rotated, (scale.square() * self.eigenvalues.to(x) + noise.square()).expand_as(rotated)
+        scaled = alpha.square().reshape(-1, 1, 1) * self.eigenvalues.to(x)
+        return rotated, (scaled + sigma.square().reshape(-1, 1, 1)).expand_as(rotated)
+
+    def _rotate_back(self, rotated: Tensor) -> Tensor:
+        """Sum over components, each taken out of its eigenbasis; (B, K, D) to (B, D)."""
+        return torch.einsum("kij,bkj->bi", self.eigenvectors.to(rotated), rotated)
 
     def _log_joint(self, rotated: Tensor, variance: Tensor) -> Tensor:
         """log w_k N(x; α m_k, S_k) up to the constant; (B, K)."""
@@ -197,22 +215,19 @@ class Empirical(Distribution):
             raise ValueError(f"chunk = {chunk}: must be at least 1")
         self.points, self.chunk, self.data_shape = points.flatten(1), chunk, tuple(points.shape[1:])
 
-    def posterior(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Prediction, Tensor]:
-        """Softmax averages of the points and of their squared norms, accumulated chunk by chunk."""
-        total = x.new_full((len(x),), -math.inf, dtype=torch.float64)
-        mean, square = torch.zeros_like(x.flatten(1), dtype=torch.float64), torch.zeros_like(total)
-        for points, log_weight in self._chunks(x, alpha, sigma):
-            updated = torch.logaddexp(total, torch.logsumexp(log_weight, 1))
-            weight, keep = torch.exp(log_weight - updated[:, None]), torch.exp(total - updated)
-            mean = keep[:, None] * mean + weight @ points
-            square = keep * square + weight @ points.square().sum(1)
-            total = updated
-        trace = alpha * (square - mean.square().sum(1)).clamp(min=0).to(x.dtype) / sigma.square()
-        x0 = mean.to(x.dtype).reshape(x.shape)
-        return Prediction(x0, (x - expand_to(alpha, x) * x0) / expand_to(sigma, x)), trace
+    def predict(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
+        """The points' softmax average, and the noise that it leaves."""
+        x0 = self._moments(x, alpha, sigma)[0].to(x.dtype).reshape(x.shape)
+        return Prediction(x0, (x - expand_to(alpha, x) * x0) / expand_to(sigma, x))
+
+    def denoiser_trace(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """α/σ² times the points' variance."""
+        mean, square = self._moments(x, alpha, sigma)
+        variance = (square - mean.square().sum(1)).clamp(min=0).to(x.dtype)
+        return alpha * variance / sigma.square()
 
     def log_prob(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """log (1/N) Σ N(x; α x⁽ⁱ⁾, σ² I); infinite at σ = 0, where there is no density."""
+        """log (1/N) Σ N(x; α x⁽ⁱ⁾, σ² I); not a number at σ = 0, where there is no density."""
         total = torch.stack([torch.logsumexp(w, 1) for _, w in self._chunks(x, alpha, sigma)]).logsumexp(0)
         dimension = self.points.shape[1]
         constant = dimension * (torch.log(sigma.double()) + 0.5 * math.log(2 * math.pi)) + math.log(len(self.points))
@@ -223,6 +238,18 @@ class Empirical(Distribution):
         generator = torch.Generator(self.points.device).manual_seed(seed)
         index = torch.randint(len(self.points), (n,), generator=generator, device=self.points.device)
         return self.points[index].reshape(n, *self.data_shape)
+
+    def _moments(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Averages of the points (B, D) and of their squared norms (B,), accumulated chunk by chunk in float64."""
+        total = x.new_full((len(x),), -math.inf, dtype=torch.float64)
+        mean, square = torch.zeros_like(x.flatten(1), dtype=torch.float64), torch.zeros_like(total)
+        for points, log_weight in self._chunks(x, alpha, sigma):
+            updated = torch.logaddexp(total, torch.logsumexp(log_weight, 1))
+            weight, keep = torch.exp(log_weight - updated[:, None]), torch.exp(total - updated)
+            mean = keep[:, None] * mean + weight @ points
+            square = keep * square + weight @ points.square().sum(1)
+            total = updated
+        return mean, square
 
     def _chunks(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Points (C, D) with −‖x − α x⁽ⁱ⁾‖²/2σ² (B, C).
@@ -235,8 +262,3 @@ class Empirical(Distribution):
             cross = flat @ points.T
             distance = flat.square().sum(1, keepdim=True) - 2 * scale * cross + scale.square() * points.square().sum(1)
             yield points, -distance / (2 * sigma.double().square().reshape(-1, 1))
-
-
-def _columns(coefficient: Tensor) -> Tensor:
-    """(B,) or () to (B, 1, 1) or (1, 1, 1)."""
-    return coefficient.reshape(-1, 1, 1)

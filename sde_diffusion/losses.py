@@ -37,7 +37,12 @@ def denoising_loss(
 
     Returns:
         (B,) losses.
+
+    Raises:
+        ValueError: for an unknown weighting, or data that the model does not take.
     """
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting = {weighting!r}: must be one of {', '.join(WEIGHTINGS)}")
     prediction = model.predict(model.sde.perturb(x0, t, noise), t, **cond)
     return WEIGHTINGS[weighting](model, prediction, x0, noise, t)
 

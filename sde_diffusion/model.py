@@ -18,7 +18,8 @@ these are that paper's c_in, c_skip, c_out and c_noise; written this way nothing
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -154,3 +155,32 @@ class DiffusionModel(nn.Module, Model):
         parameter = next(self.parameters(), x)
         output = self.network(x.to(parameter.dtype), t.to(parameter.dtype).expand(len(x)), **cond)
         return output.to(x.dtype)
+
+
+def slice_cond(cond: Mapping[str, Any] | None, n: int, indices: range) -> dict[str, Any]:
+    """The part of the conditioning for examples ``indices`` of n: tensors are cut, other values kept.
+
+    Raises:
+        ValueError: for a tensor whose length is not n.
+    """
+    batch = {}
+    for name, value in (cond or {}).items():
+        if isinstance(value, Tensor) and value.ndim:
+            if len(value) != n:
+                raise ValueError(f"cond[{name!r}] has length {len(value)}: must be {n}, one for each example")
+            value = value[indices.start : indices.stop]
+        batch[name] = value
+    return batch
+
+
+@contextmanager
+def evaluating(model: Model) -> Iterator[None]:
+    """The model in evaluation mode, without dropout, and back in its own after."""
+    was_training = isinstance(model, nn.Module) and model.training
+    if isinstance(model, nn.Module):
+        model.eval()
+    try:
+        yield
+    finally:
+        if isinstance(model, nn.Module):
+            model.train(was_training)

@@ -172,8 +172,11 @@ class SDE:
         """Time as a tensor of x's dtype and device.
 
         Raises:
-            ValueError: if t is a number outside [0, T]. A tensor is not checked: reading it would wait for the device.
+            ValueError: if t is a number outside [0, T], or x is not of a floating dtype. The values of a tensor are
+                not checked: reading them would wait for the device.
         """
+        if not x.is_floating_point():
+            raise ValueError(f"data have dtype {x.dtype}: need a floating dtype")
         if isinstance(t, Tensor):
             return t.to(device=x.device, dtype=x.dtype)
         return torch.full((), self.check_time("t", t), device=x.device, dtype=x.dtype)
@@ -249,9 +252,11 @@ class _LinearBeta(SDE):
         return t * (self.beta_min + 0.5 * t * (self.beta_max - self.beta_min))
 
     def t_from_beta_integral(self, integral: Tensor) -> Tensor:
-        """The root t of B(t) = integral, in the form without cancellation near 0."""
+        """The root t of B(t) = integral, in the form without cancellation near 0; T beyond B(T)."""
         slope = self.beta_max - self.beta_min
-        return 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * integral))
+        integral = integral.clamp(max=0.5 * (self.beta_min + self.beta_max))
+        t = 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * integral))
+        return t.clamp(max=self.T)
 
     def alpha(self, t: Tensor) -> Tensor:
         """e^{−B/2}."""
@@ -404,7 +409,8 @@ SDES: dict[str, type[SDE]] = {"vp": VPSDE, "subvp": SubVPSDE, "ve": VESDE, "edm"
 
 def _derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """Elementwise derivative by forward-mode differentiation."""
-    return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
+    # Forward mode turns a float32 () into float64.
+    return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1].to(t.dtype)
 
 
 def non_negative(name: str, value: float) -> float:

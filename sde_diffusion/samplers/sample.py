@@ -5,15 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sde_diffusion.model import Model, Prediction
+from sde_diffusion.model import Model, Prediction, evaluating, slice_cond
 from sde_diffusion.samplers.brownian import TorchSDE
 from sde_diffusion.samplers.ddim import DDIM, DDPM
 from sde_diffusion.samplers.euler_maruyama import EulerMaruyama
@@ -127,7 +126,7 @@ def sample(
     guided = guidance(model) if guidance else model
     results, paths, counts = [], [], []
     started = time.perf_counter()
-    with _evaluating(model):
+    with evaluating(model):
         for first in range(0, n, batch_size):
             indices = range(first, min(n, first + batch_size))
             streams = Streams(seed, indices, device)
@@ -135,7 +134,7 @@ def sample(
                 x = model.sde.prior_std * streams.normal(model.data_shape, dtype)
             else:
                 x = x_start[first : indices.stop].to(device=device, dtype=dtype)
-            batch = _Batch(guided, _slice(cond or {}, n, indices), [x] if trajectory else None, callback, times)
+            batch = _Batch(guided, slice_cond(cond, n, indices), [x] if trajectory else None, callback, times)
             problem = Problem(model.sde, batch.predict, times, streams, batch.observe, batch.single)
             results.append(method.solve(problem, x))
             counts.append(batch.nfe_per_sample(len(indices)))
@@ -227,27 +226,3 @@ def _grid(
     if times[0] < sde.t_max and not has_start:
         raise ValueError(f"t_start = {times[0]}: a start before t_max = {sde.t_max} needs x_start")
     return times
-
-
-def _slice(cond: Mapping[str, Any], n: int, indices: range) -> dict[str, Any]:
-    batch = {}
-    for name, value in cond.items():
-        if isinstance(value, Tensor) and value.ndim:
-            if len(value) != n:
-                raise ValueError(f"cond[{name!r}] has length {len(value)}: must be n = {n}")
-            value = value[indices.start : indices.stop]
-        batch[name] = value
-    return batch
-
-
-@contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
-    """The model in evaluation mode, without dropout, and back in its own after."""
-    was_training = isinstance(model, nn.Module) and model.training
-    if isinstance(model, nn.Module):
-        model.eval()
-    try:
-        yield
-    finally:
-        if isinstance(model, nn.Module):
-            model.train(was_training)

@@ -1,0 +1,86 @@
+"""A multilayer perceptron for data of few dimensions, such as points in the plane.
+
+    h_1 = A_1 [x, features(t)] + label embedding
+    h_{k+1} = A_{k+1} φ(h_k), k = 1 .. depth - 1
+    output = A φ(h_depth)
+
+with affine maps A and activation φ. The time features are the sinusoidal ones of `blocks`, or t itself.
+
+The network of Nakkiran et al. ("Step-by-Step Diffusion", 2024), ReLU layers of width 128 with t as one more
+input, is ``MLP((2,), width=128, depth=3, activation="relu", time_scale=1.0, embedding=0)``, reading their
+"3-layer" as three hidden layers. No layer starts at zero here: without residual connections that would leave
+the hidden layers without a gradient.
+"""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from sde_diffusion.networks.blocks import LabelEmbedding, SinusoidalEmbedding, check_inputs
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
+
+
+class MLP(nn.Module):
+    """A network of data of any shape, flattened, called as network(x, t, label)."""
+
+    def __init__(
+        self,
+        data_shape: Sequence[int],
+        width: int = 128,
+        depth: int = 3,
+        activation: str = "silu",
+        time_scale: float = 1000.0,
+        embedding: int = 64,
+        classes: int = 0,
+    ) -> None:
+        """Build the network.
+
+        Args:
+            data_shape: shape of one datum, for example (2,).
+            width: units of each hidden layer.
+            depth: number of hidden layers.
+            activation: "silu", "relu", "gelu" or "tanh". A likelihood needs a smooth one, that is not "relu".
+            time_scale: factor on t; 1000 suits times in [0, 1] with sinusoidal features.
+            embedding: number of sinusoidal time features, even and at least 4; 0 for time_scale * t alone.
+            classes: number of class labels; 0 for a network that takes none.
+
+        Raises:
+            ValueError: for an argument out of its range.
+        """
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+        for name, least, value in (("width", 1, width), ("depth", 1, depth), ("classes", 0, classes)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}; got {value}")
+        if embedding and (embedding < 4 or embedding % 2):
+            raise ValueError(f"embedding must be 0, or even and at least 4; got {embedding}")
+
+        self.data_shape, self.classes, self.time_scale = tuple(data_shape), classes, time_scale
+        size = prod(self.data_shape)
+        self.time_features = SinusoidalEmbedding(embedding, time_scale) if embedding else None
+        self.input = nn.Linear(size + (embedding or 1), width)
+        if classes:
+            self.label_embedding = LabelEmbedding(classes, width)
+        layers: list[nn.Module] = []
+        for units in [width] * (depth - 1) + [size]:
+            layers += [ACTIVATIONS[activation](), nn.Linear(width, units)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Data (B, *data_shape), times (B,) and labels (B,), where there are classes, to (B, *data_shape).
+
+        A label in [0, classes) names a class; None for the batch, or `classes` for a datum, means no label.
+
+        Raises:
+            ValueError: if a shape is wrong, or for a label without classes.
+        """
+        check_inputs(x, t, label, self.data_shape, self.classes)
+        time = self.time_scale * t[:, None] if self.time_features is None else self.time_features(t)
+        h = self.input(torch.cat([x.reshape(len(x), prod(self.data_shape)), time.to(x.dtype)], dim=1))
+        if self.classes:
+            h = h + self.label_embedding(label)
+        return self.layers(h).reshape(x.shape)
