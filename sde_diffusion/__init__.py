@@ -3,6 +3,7 @@
 from sde_diffusion.chain import GaussianChain
 from sde_diffusion.data import DataInfo
 from sde_diffusion.exact import Empirical, Gaussian, GaussianMixture
+from sde_diffusion.likelihood import BitsPerDim, LogLikelihood, bits_per_dim, log_likelihood
 from sde_diffusion.model import DiffusionModel, Model, Prediction
 from sde_diffusion.ode import SolverError
 from sde_diffusion.samplers import Samples, sample, solvers
@@ -14,6 +15,8 @@ from sde_diffusion.training import (
     TrainResult,
     default_config,
     load,
+    load_config_file,
+    pretrained,
     save_model,
     train,
 )
@@ -25,6 +28,7 @@ __all__ = [
     "SDE",
     "VESDE",
     "VPSDE",
+    "BitsPerDim",
     "CheckpointError",
     "ConfigError",
     "DataInfo",
@@ -33,6 +37,7 @@ __all__ = [
     "Gaussian",
     "GaussianChain",
     "GaussianMixture",
+    "LogLikelihood",
     "Model",
     "Prediction",
     "Samples",
@@ -41,7 +46,11 @@ __all__ = [
     "TrainResult",
     "TrainingError",
     "default_config",
+    "bits_per_dim",
     "load",
+    "load_config_file",
+    "log_likelihood",
+    "pretrained",
     "sample",
     "save_model",
     "solvers",

@@ -67,7 +67,7 @@ def ring():
 
 @pytest.fixture(scope="session")
 def rotated():
-    """rotated(dimension): ten components of random rotation, eigenvalues over a factor of 200, unit variance."""
+    """rotated(dimension): ten components of random axes, eigenvalues over a factor of 200, unit variance."""
 
     def build(dimension, components=10):
         generator = torch.Generator().manual_seed(dimension)

@@ -1,8 +1,9 @@
 r"""The reverse SDE handed to torchsde, over u = log(σ/α):  dx = drift du + η √2 σ dW̄.
 
-torchsde runs time upwards in equal steps; r = 0…N counts ours, u = u_start + r Δu. Fixed steps draw each sample's
-increments from its own stream. Adaptive ones need a whole Brownian path that can be looked up anywhere, and share
-their step size within a batch: there each sample is solved alone, so that it does not depend on its neighbours.
+torchsde runs time upwards in equal steps; r = 0…N counts ours, u = u_start + r Δu. Fixed steps draw each
+sample's increments from its own stream. Adaptive ones need a whole Brownian path that can be looked up
+anywhere, and share their step size within a batch: there each sample is solved alone, so that it does not
+depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import torchsde
 from torch import Tensor
 
-from sde_diffusion.samplers.noise import Streams, StepNoise
+from sde_diffusion.samplers.noise import StepNoise
 from sde_diffusion.samplers.solver import Problem, Solver
 from sde_diffusion.sde import drift_in_log_noise, non_negative
 
@@ -38,9 +39,15 @@ class TorchSDE(Solver):
 
     stochastic: ClassVar[bool] = True
     default_steps: ClassVar[int] = 100
+    in_log_snr: ClassVar[bool] = True
 
     def __init__(
-        self, method: str = "srk", eta: float = 1.0, adaptive: bool = False, rtol: float = 1e-3, atol: float = 1e-3
+        self,
+        method: str = "srk",
+        eta: float = 1.0,
+        adaptive: bool = False,
+        rtol: float = 1e-3,
+        atol: float = 1e-3,
     ):
         """Choose the method and, for adaptive steps, the tolerances.
 
@@ -53,9 +60,9 @@ class TorchSDE(Solver):
             raise ValueError(f"eta = {eta}, rtol = {rtol}, atol = {atol}: must be positive")
         self.method, self.eta, self.adaptive, self.rtol, self.atol = method, float(eta), adaptive, rtol, atol
 
-    def evaluations_per_step(self) -> int:
+    def evaluations_per_step(self) -> int | None:
         """Not fixed: some methods evaluate a step's end for the next step too."""
-        raise ValueError("nfe: torchsde's methods choose their own evaluations; set steps instead")
+        return None
 
     def solve(self, problem: Problem, x: Tensor) -> Tensor:
         """Integrate from grid[0] to grid[-1].
@@ -66,12 +73,12 @@ class TorchSDE(Solver):
         u = torch.tensor([problem.sde.log_noise(t) for t in problem.grid], dtype=torch.float64)
         equal = torch.linspace(float(u[0]), float(u[-1]), len(u), dtype=torch.float64)
         if not torch.allclose(u, equal, atol=1e-6):
-            raise ValueError("grid: torchsde takes equal steps in log-SNR; leave grid at 'log_snr' and set steps")
+            raise ValueError("grid: torchsde takes equal steps in log-SNR; give grid='log_snr' and steps")
         return self._solve_alone(problem, x, u) if self.adaptive else self._solve_batch(problem, x, u)
 
     def _solve_batch(self, problem: Problem, x: Tensor, u: Tensor) -> Tensor:
-        levy_area = METHODS[self.method][1]
-        path = _Increments(StepNoise(problem.streams, (x[0].numel(),), x.dtype), (len(x), x[0].numel()), levy_area)
+        noise = StepNoise(problem.streams, (x[0].numel(),), x.dtype)
+        path = _Increments(noise, (len(x), x[0].numel()), METHODS[self.method][1])
         states = self._integrate(problem, x, u, path)
         for i in range(1, len(u)):
             problem.observe(i, states[i])
@@ -129,11 +136,11 @@ class _Reverse(torch.nn.Module):
     def f(self, r: Tensor, y: Tensor) -> Tensor:
         """Drift a unit of r.
 
-        The last answers are kept: torchsde asks for the first once more to learn its shape, and for those of a
-        step's four stages again at every later stage.
+        The last answers are kept: torchsde asks for the first once more to learn its shape, for those of a
+        step's stages again at every later stage, and "srk" ends each step with its first stage, at weight 0.
         """
         for known_r, known_y, drift in self._known:
-            if known_y is y and torch.equal(known_r, r):
+            if torch.equal(known_r, r) and torch.equal(known_y, y):
                 return drift
         x = y.reshape(-1, *self.shape)
         drift = drift_in_log_noise(self.problem.sde, self.problem.predict, x, self._log_noise(r), self.eta)
@@ -158,7 +165,7 @@ class _Increments:
     def __call__(self, start: Tensor, end: Tensor, return_U: bool = False, return_A: bool = False) -> Any:
         """W(end) − W(start) (B, D), and its time integral U if asked.
 
-        U = h W/2 + √(h³/12) z. The Lévy area A multiplies a commutator that is 0 for diagonal noise independent of x.
+        U = h W/2 + √(h³/12) z. The Lévy area A multiplies a commutator, 0 for noise independent of x.
         """
         h = end - start
         increment = h.sqrt() * self.noise()

@@ -4,11 +4,13 @@ DDIM, from t to s < t (Song et al. 2021, arXiv:2010.02502, eq. 12, for any α an
 
     x_s = α_s x̂₀ + √(σ_s² − ς²) ε̂ + ς z           ς² = η² (σ_s²/σ_t²) (σ_t² − (α_t/α_s)² σ_s²)
 
-DDPM, ancestral sampling of the discrete chain (Ho et al. 2020, algorithm 2), with the chain's posterior a, b, v:
+DDPM, ancestral sampling of the discrete chain (Ho et al. 2020, arXiv:2006.11239, algorithm 2), with its
+posterior a, b, v:
 
     x_s = a x̂₀ + b x_t + √v z
 
-η = 1 is DDPM with the posterior variance; η = 0 the first-order exponential integrator of the probability-flow ODE.
+η = 1 is DDPM with the posterior variance; η = 0 is the first-order exponential integrator of the
+probability-flow ODE.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class DDIM(StepSolver):
         """α_s, √(σ_s² − ς²) and ς."""
         alpha_t, alpha_s = sde.alpha(times[:-1]), sde.alpha(times[1:])
         variance_t, variance_s = sde.sigma(times[:-1]).square(), sde.sigma(times[1:]).square()
-        added = self.eta**2 * variance_s / variance_t * (variance_t - (alpha_t / alpha_s).square() * variance_s)
+        gained = variance_t - (alpha_t / alpha_s).square() * variance_s
+        added = self.eta**2 * variance_s / variance_t * gained
         return {
             "t": times[:-1],
             "alpha_s": alpha_s,
@@ -83,7 +86,8 @@ class DDPM(StepSolver):
         first = 1 if has_noise else 0
         a, b, v = (value[first:].flip(0) for value in chain.posterior())
         if self.variance == "noising":
-            v = chain.stds[first:].square().flip(0)
+            # Algorithm 2 adds no noise on the way to x₀, where v is 0.
+            v = torch.where(v > 0, chain.stds[first:].square().flip(0), v)
         return {"t": times[:-1], "a": a, "b": b, "std": torch.sqrt(v)}
 
     def step(self, predict: Predict, x: Tensor, c: SimpleNamespace, noise: Noise) -> Tensor:

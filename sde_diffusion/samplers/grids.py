@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -20,6 +22,7 @@ def _equal_in_time(sde: SDE, start: float, end: float, steps: int) -> torch.Tens
 
 
 def _equal_in_log_snr(sde: SDE, start: float, end: float, steps: int) -> torch.Tensor:
+    check_log_snr(sde, start, end)
     noise = torch.linspace(sde.log_noise(start), sde.log_noise(end), steps + 1, dtype=torch.float64)
     return sde.t_from_log_snr(-2 * noise)
 
@@ -41,19 +44,26 @@ def time_grid(sde: SDE, kind: str | Sequence[float], start: float, end: float, s
         steps: number of steps; not used for given times.
 
     Raises:
-        ValueError: for an unknown kind, a non-decreasing grid or one outside [0, T], or a "log_snr" grid that ends
-            where there is no noise.
+        ValueError: for an unknown kind, a non-decreasing grid or one outside [0, T], or a "log_snr" grid with
+            an end where that is infinite.
     """
     if not isinstance(kind, str):
         times = [sde.check_time("grid", float(t)) for t in kind]
-        if len(times) < 2 or any(s >= t for t, s in zip(times, times[1:], strict=False)):
+        if len(times) < 2 or any(s >= t for t, s in pairwise(times)):
             raise ValueError(f"grid = {times}: needs at least two strictly decreasing times")
         return times
     if kind not in GRIDS:
         raise ValueError(f"grid = {kind!r}: must be one of {', '.join(GRIDS)}, or decreasing times")
     if not start > end:
         raise ValueError(f"t_start = {start}, t_end = {end}: t_start must be the larger")
-    inner = GRIDS[kind](sde, start, end, steps)[1:-1]
-    if not bool(torch.isfinite(inner).all()):
-        raise ValueError(f"t_end = {end}: the noise is 0 there; use grid='t' or a t_end above it")
-    return [start, *inner.tolist(), end]
+    return [start, *GRIDS[kind](sde, start, end, steps)[1:-1].tolist(), end]
+
+
+def check_log_snr(sde: SDE, start: float, end: float) -> None:
+    """Raise a ValueError that names t_start or t_end if the log-SNR is infinite there."""
+    for name, t in (("t_start", start), ("t_end", end)):
+        if not math.isfinite(sde.log_noise(t)):
+            raise ValueError(
+                f"{name} = {t}: the log-SNR is infinite there; choose a time in [{sde.t_min}, {sde.t_max}], "
+                f"or a solver and a grid that do not step in log-SNR, such as 'ddim' with grid='t'"
+            )

@@ -24,13 +24,14 @@ class Heun(StepSolver):
     """Second order, deterministic, two evaluations a step."""
 
     default_steps: ClassVar[int] = 25
+    in_log_snr: ClassVar[bool] = True
 
     def evaluations_per_step(self) -> int:
         """Two: at either end of the step."""
         return 2
 
     def prepare(self, sde: SDE, times: Tensor) -> dict[str, Tensor]:
-        """n, a x s ingredients at both ends, and the step in u."""
+        """n and what multiplies x̂₀ and ε̂ in dy/du, at both ends, and the step in u."""
         alpha, sigma = sde.alpha(times), sde.sigma(times)
         norm = torch.sqrt(alpha.square() + sigma.square())
         data_rate, noise_rate = -alpha * sigma.square() / norm**3, alpha.square() * sigma / norm**3

@@ -40,14 +40,16 @@ class Streams:
 
     def normal(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         """Standard normal numbers (B, *shape)."""
+        size = tuple(shape)
         return torch.stack(
-            [torch.randn(tuple(shape), generator=g, device=self.device, dtype=dtype) for g in self._generators]
+            [torch.randn(size, generator=g, device=self.device, dtype=dtype) for g in self._generators]
         )
 
     def uniform(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         """Numbers uniform on [0, 1), (B, *shape)."""
+        size = tuple(shape)
         return torch.stack(
-            [torch.rand(tuple(shape), generator=g, device=self.device, dtype=dtype) for g in self._generators]
+            [torch.rand(size, generator=g, device=self.device, dtype=dtype) for g in self._generators]
         )
 
     def seeds(self) -> list[int]:
@@ -58,8 +60,8 @@ class Streams:
 class StepNoise:
     """Standard normal noise (B, *shape) for one solver step after another.
 
-    Several steps are drawn at once, a number that depends on the shape alone: one call a sample and step would cost
-    more than the numbers, and a number that depended on the batch would change them.
+    Several steps are drawn at once, a number that depends on the shape alone: one call a sample and step
+    would cost more than the numbers, and a number that depended on the batch would change them.
     """
 
     def __init__(self, streams: Streams, shape: Sequence[int], dtype: torch.dtype):

@@ -1,10 +1,12 @@
 r"""The probability-flow ODE handed to torchdiffeq, over u = log(σ/α):  dx/du = (α̇ x̂₀ + σ̇ ε̂) dt/du.
 
-In u the right-hand side is smooth from end to end for every SDE, so that an adaptive solver's error follows its
-tolerance; in t it is not (docs/architecture.md has the measurement).
+In u the right-hand side is smooth from end to end for every SDE, so that an adaptive solver's error follows
+its tolerance; in t it is not (docs/architecture.md has the measurement).
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,10 +20,13 @@ _EVALUATIONS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
 class ODE(Solver):
     """Any method of torchdiffeq, adaptive or of fixed steps, by its name."""
 
+    in_log_snr: ClassVar[bool] = True
+
     def __init__(self, method: str = "dopri5", rtol: float = 1e-4, atol: float = 1e-4):
         """Choose method and tolerances; see ``sde_diffusion.ode.integrate`` for both and for the errors."""
-        if method not in ADAPTIVE_METHODS + FIXED_METHODS:
-            raise ValueError(f"method = {method!r}: must be one of {', '.join(ADAPTIVE_METHODS + FIXED_METHODS)}")
+        known = ADAPTIVE_METHODS + FIXED_METHODS
+        if method not in known:
+            raise ValueError(f"method = {method!r}: must be one of {', '.join(known)}")
         self.method, self.rtol, self.atol = method, rtol, atol
 
     @property
@@ -29,11 +34,9 @@ class ODE(Solver):
         """Whether the method chooses its own steps."""
         return self.method in ADAPTIVE_METHODS
 
-    def evaluations_per_step(self) -> int:
-        """Of a one-step method of fixed steps; others have no such number."""
-        if self.method not in _EVALUATIONS:
-            raise ValueError(f"nfe: method {self.method} chooses its own evaluations; set rtol, atol or steps instead")
-        return _EVALUATIONS[self.method]
+    def evaluations_per_step(self) -> int | None:
+        """Those of a method of fixed steps."""
+        return _EVALUATIONS.get(self.method)
 
     def solve(self, problem: Problem, x: Tensor) -> Tensor:
         """Integrate from grid[0] to grid[-1]."""

@@ -16,7 +16,7 @@ from sde_diffusion.model import Model, Prediction, evaluating, slice_cond
 from sde_diffusion.samplers.brownian import TorchSDE
 from sde_diffusion.samplers.ddim import DDIM, DDPM
 from sde_diffusion.samplers.euler_maruyama import EulerMaruyama
-from sde_diffusion.samplers.grids import time_grid
+from sde_diffusion.samplers.grids import check_log_snr, time_grid
 from sde_diffusion.samplers.heun import Heun
 from sde_diffusion.samplers.noise import Streams
 from sde_diffusion.samplers.ode import ODE
@@ -84,8 +84,9 @@ def sample(
 ) -> Samples:
     """Draw samples by solving the reverse diffusion.
 
-    Sample i of a seed draws from a stream of its own, so it is the same whatever n, the batch size or the number of
-    processes (up to rounding; with an adaptive "ode", which shares its steps within a batch, up to its tolerance).
+    Sample i of a seed draws from a stream of its own, so it is the same whatever n, the batch size or the
+    number of processes (up to rounding; with an adaptive "ode", which shares its steps within a batch, up to
+    its tolerance).
 
     Args:
         model: a trained or exact model.
@@ -221,8 +222,10 @@ def _grid(
         steps = solver.steps_for(nfe)
     if steps is None:
         # An adaptive method needs no stops on its way but those that are to be looked at.
-        steps = 1 if getattr(solver, "is_adaptive", False) and not trajectory else solver.default_steps
+        steps = 1 if solver.is_adaptive and not trajectory else solver.default_steps
     times = time_grid(sde, grid if grid is not None else solver.default_grid, start, end, steps)
+    if solver.in_log_snr:
+        check_log_snr(sde, times[0], times[-1])
     if times[0] < sde.t_max and not has_start:
         raise ValueError(f"t_start = {times[0]}: a start before t_max = {sde.t_max} needs x_start")
     return times

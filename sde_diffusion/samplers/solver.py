@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.model import Prediction
-from sde_diffusion.samplers.noise import Streams, StepNoise
+from sde_diffusion.samplers.noise import StepNoise, Streams
 from sde_diffusion.sde import SDE
 
 Predict = Callable[[Tensor, Tensor], Prediction]
@@ -50,6 +50,13 @@ class Solver(ABC):
     stochastic: ClassVar[bool] = False
     default_steps: ClassVar[int] = 50
     default_grid: ClassVar[str] = "log_snr"
+    # The solver's own variable is the log-SNR, which must then be finite at either end.
+    in_log_snr: ClassVar[bool] = False
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the solver chooses its own steps."""
+        return False
 
     def steps_for(self, nfe: int) -> int:
         """Steps that ``nfe`` evaluations of the model allow.
@@ -57,13 +64,15 @@ class Solver(ABC):
         Raises:
             ValueError: if there is no such number, or it is 0.
         """
-        steps = nfe // self.evaluations_per_step()
-        if steps < 1:
-            raise ValueError(f"nfe = {nfe}: one step takes {self.evaluations_per_step()} evaluations")
-        return steps
+        each = self.evaluations_per_step()
+        if each is None:
+            raise ValueError(f"nfe = {nfe}: this solver chooses its own evaluations; set steps or tolerances")
+        if nfe < each:
+            raise ValueError(f"nfe = {nfe}: must be at least {each}, the evaluations of one step")
+        return nfe // each
 
-    def evaluations_per_step(self) -> int:
-        """Evaluations of the model in one step."""
+    def evaluations_per_step(self) -> int | None:
+        """Evaluations of the model in one step; None if their number is not fixed."""
         return 1
 
     @abstractmethod
@@ -89,6 +98,7 @@ class StepSolver(Solver):
         columns = [value.to(device=x.device, dtype=x.dtype).unbind() for value in coefficients.values()]
         noise = StepNoise(problem.streams, x.shape[1:], x.dtype)
         for i, row in enumerate(zip(*columns, strict=True), start=1):
-            x = self.step(problem.predict, x, SimpleNamespace(**dict(zip(coefficients, row, strict=True))), noise)
+            c = SimpleNamespace(**dict(zip(coefficients, row, strict=True)))
+            x = self.step(problem.predict, x, c, noise)
             problem.observe(i, x)
         return x

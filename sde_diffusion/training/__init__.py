@@ -1,7 +1,7 @@
 """How a network learns: config in, checkpoint out, resumable."""
 
-from sde_diffusion.training.checkpoint import CheckpointError, load, save_model
-from sde_diffusion.training.config import ConfigError, default_config, resolve_config
+from sde_diffusion.training.checkpoint import CheckpointError, load, pretrained, save_model
+from sde_diffusion.training.config import ConfigError, default_config, load_config_file, named, resolve_config
 from sde_diffusion.training.loop import TrainingError, TrainResult, train
 
 __all__ = [
@@ -11,6 +11,9 @@ __all__ = [
     "TrainingError",
     "default_config",
     "load",
+    "load_config_file",
+    "named",
+    "pretrained",
     "resolve_config",
     "save_model",
     "train",

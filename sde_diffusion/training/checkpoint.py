@@ -20,6 +20,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -73,24 +74,37 @@ def load(
     Raises:
         CheckpointError: if nothing is there, or it is damaged, or its tensors do not fit the network.
     """
-    path = Path(path)
-    if path.is_dir():
-        checkpoint = newest_checkpoint(path)
-        if checkpoint is None:
-            raise CheckpointError(f"{path}: no checkpoint in this directory")
-        path = checkpoint / ("raw.safetensors" if raw else "model.safetensors")
+    path = _model_file(Path(path), raw)
     tensors, header = _load_tensors(path)
-    try:
-        description = json.loads(header[_HEADER])
-        data_shape, data = tuple(description["data_shape"]), DataInfo(**description["data"])
-        config = description["config"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its header does not describe a model of this library") from error
+    description = _description(path, header)
+    config = description["config"]
     if network is None and config["network"]["name"] == "custom":
         raise CheckpointError(f"{path}: was trained with a network of the user's own; pass it as network=")
-    model = build_model(config, data_shape, data, network)
+    try:
+        model = build_model(config, tuple(description["data_shape"]), DataInfo(**description["data"]), network)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its header describes no model of this library: {error}") from error
     fill(model, tensors, path)
     return model.to(device).eval().requires_grad_(False)
+
+
+def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Config, data shape and data range of the model in a run directory or .safetensors; errors as for ``load``."""
+    path = _model_file(Path(path), raw=False)
+    return _description(path, _load_tensors(path)[1])
+
+
+def pretrained(name: str) -> Path:
+    """Path of a model that ships with the package, to be given to ``load``.
+
+    Raises:
+        ValueError: for an unknown name; docs/results.md describes the models.
+    """
+    folder = Path(str(resources.files("sde_diffusion") / "pretrained"))
+    names = sorted(file.stem for file in folder.glob("*.safetensors"))
+    if name not in names:
+        raise ValueError(f"name = {name!r}: must be one of {', '.join(names)}")
+    return folder / f"{name}.safetensors"
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -154,9 +168,16 @@ def load_checkpoint(
     state: dict[int, dict[str, Tensor]] = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, tensor in _load_tensors(path / "optimizer.safetensors")[0].items():
-        index, kind = name.split(".")
+        index, _, kind = name.partition(".")
+        if not index.isdigit() or int(index) >= len(parameters):
+            raise CheckpointError(f"{path / 'optimizer.safetensors'}: tensor {name} belongs to no parameter")
         parameter = parameters[int(index)]
-        if tensor.shape == parameter.shape and tensor.ndim:
+        if tensor.shape != parameter.shape and kind != "step":
+            raise CheckpointError(
+                f"{path / 'optimizer.safetensors'}: tensor {name}: the file has {tuple(tensor.shape)}, "
+                f"the network {tuple(parameter.shape)}"
+            )
+        if tensor.ndim:
             # In the parameter's own memory format: a fused step walks both in storage order.
             tensor = torch.empty_like(parameter).copy_(tensor)
         state.setdefault(int(index), {})[kind] = tensor
@@ -180,6 +201,25 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
+def _model_file(path: Path, raw: bool) -> Path:
+    if not path.is_dir():
+        return path
+    checkpoint = newest_checkpoint(path)
+    if checkpoint is None:
+        raise CheckpointError(f"{path}: no checkpoint in this directory")
+    return checkpoint / ("raw.safetensors" if raw else "model.safetensors")
+
+
+def _description(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        description = json.loads(header[_HEADER])
+        DataInfo(**description["data"])
+        tuple(description["data_shape"]), description["config"]["network"]["name"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its header does not describe a model of this library") from error
+    return description
+
+
 def _checkpoints(workdir: Path) -> list[Path]:
     return sorted(path for path in (workdir / "checkpoints").glob("[0-9]*") if path.is_dir())
 
@@ -192,7 +232,9 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str]) -> None:
     partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial, metadata=header)
+    # Copied: safetensors refuses tensors that share memory, such as tied weights.
+    copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    save_file(copies, partial, metadata=header)
     _sync(partial)
     partial.replace(path)
 

@@ -27,17 +27,25 @@ def default_config() -> ConfigDict:
     """Every field of a run, locked against misspelling; a file in configs/ changes some of them.
 
     ``sde``, ``network``, ``data`` and ``loss.time`` name a class or function of the library; their other fields are
-    its keyword arguments, and may be replaced as a whole: ``config.network = {"name": "mlp", "width": 128}``.
+    its keyword arguments. Another is chosen with ``config.network = named("mlp", width=128)``.
     """
     return ConfigDict(
         {
             "seed": 0,
-            "data": {"name": "fashion_mnist"},
+            "data": _section("data", {"name": "fashion_mnist"}),
             "flip": False,  # mirror half of the images, left to right
-            "sde": {"name": "vp"},
-            "network": {"name": "unet"},
+            "sde": _section("sde", {"name": "vp"}),
+            "network": _section(
+                "network",
+                {
+                    "name": "unet",
+                    "base_channels": 64,
+                    "channel_multipliers": (1, 2, 2),
+                    "attention_resolutions": (),
+                },
+            ),
             "model": {"prediction": "edm", "sigma_data": 0.5},
-            "loss": {"weighting": "edm", "time": {"name": "log_normal"}},
+            "loss": {"weighting": "edm", "time": _section("loss.time", {"name": "log_normal"})},
             "optim": {
                 "lr": 2e-4,
                 "beta1": 0.9,
@@ -64,6 +72,11 @@ def default_config() -> ConfigDict:
             "workdir": "",  # nothing is written without one
         }
     ).lock()
+
+
+def named(name: str, **options: Any) -> ConfigDict:
+    """A section that names a class or function of the library and sets some of its arguments."""
+    return ConfigDict({"name": name, **options})
 
 
 # Fields that may differ when a run is taken up again: they change neither the data nor a step.
@@ -134,9 +147,12 @@ def load_config_file(path: str | os.PathLike[str]) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return module.get_config()
+        config = module.get_config()
     except (AttributeError, KeyError, TypeError) as error:
         raise ConfigError(f"config = {os.fspath(path)!r}: {error.args[0] if error.args else error}") from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"config = {os.fspath(path)!r}: get_config() must return a ConfigDict; got {config!r}")
+    return config
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -151,7 +167,9 @@ def _merge(values: dict[str, Any], given: Mapping[str, Any], prefix: str) -> Non
     for name, value in given.items():
         field = prefix + name
         if field in _NAMED:
-            values[name] = _check_named(field, value)
+            if isinstance(value, Mapping) and value.get("name", values[name]["name"]) == values[name]["name"]:
+                value = {**values[name], **value}
+            values[name] = _section(field, value)
         elif name not in values:
             raise ConfigError(f"{field}: no such field; there are {', '.join(prefix + known for known in values)}")
         elif isinstance(values[name], dict):
@@ -162,26 +180,33 @@ def _merge(values: dict[str, Any], given: Mapping[str, Any], prefix: str) -> Non
             values[name] = _cast(field, value, type(values[name]))
 
 
-def _check_named(field: str, section: Any) -> dict[str, Any]:
+def _section(field: str, section: Any) -> dict[str, Any]:
+    """A named section, checked and with the defaults of the class or function that it names."""
     registry, supplied = _NAMED[field]
     if not isinstance(section, Mapping) or section.get("name") not in registry:
         name = section.get("name") if isinstance(section, Mapping) else section
         raise ConfigError(f"{field}.name = {name!r}: must be one of {', '.join(registry)}")
-    allowed = [p for p in inspect.signature(registry[section["name"]]).parameters if p not in supplied]
+    parameters = inspect.signature(registry[section["name"]]).parameters
+    options = {name: parameter.default for name, parameter in parameters.items() if name not in supplied}
     for option in section:
-        if option != "name" and option not in allowed:
-            raise ConfigError(f"{field}.{option}: {section['name']} takes {', '.join(allowed) or 'no options'}")
-    return dict(section)
+        if option != "name" and option not in options:
+            raise ConfigError(f"{field}.{option}: {section['name']} takes {', '.join(options) or 'no options'}")
+    options.update(section)
+    for option, value in options.items():
+        if value is inspect.Parameter.empty:
+            raise ConfigError(f"{field}.{option}: {section['name']} needs a value for it")
+    return options
 
 
 def _cast(field: str, value: Any, kind: type) -> Any:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if kind is float and is_number:
         return float(value)
     if kind is int and is_number and value == int(value):
         return int(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ConfigError(f"{field} = {value!r}: must be of type {kind.__name__}")
+    if kind in (int, float) or not isinstance(value, kind):
+        finite = "finite and " if kind is float else ""
+        raise ConfigError(f"{field} = {value!r}: must be {finite}of type {kind.__name__}")
     return value
 
 

@@ -2,7 +2,7 @@
 
     x₀ = dequantised data,  t from the config's distribution,  ε ~ N(0, I)
     step AdamW on  mean over the batch of  w(t) ‖target − prediction(α x₀ + σ ε, t)‖²
-    average  ← d average + (1 − d) weights,   d = min(decay, (1 + step)/(10 + step))
+    average  ← d average + (1 − d) weights,   d = min(decay, (1 + step)/(10 + step)),   from the first step's weights on
 
 Every random number of a step is a function of the seed, the step and the example's place in the global batch alone
 (dropout: of the seed and the step), so a resumed run takes exactly the steps that an uninterrupted one would.
@@ -45,7 +45,7 @@ from sde_diffusion.training.config import RESUMABLE, ConfigError, flatten, resol
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: the loss is no longer a number."""
+    """Training cannot go on: the loss or its gradient is no longer finite."""
 
 
 @dataclass
@@ -79,14 +79,14 @@ def train(
     Raises:
         ConfigError: for a field that is unknown or wrong, or differs from that of the run to go on with.
         CheckpointError: if the checkpoint to go on from is damaged or of another model.
-        TrainingError: if the loss is no longer finite; the last checkpoint stands.
+        TrainingError: if the loss or its gradient is no longer finite; the last checkpoint stands.
     """
     config = resolve_config(config)
+    description = _description(config, network is not None, dataset is not None)
     dataset = load_dataset(split="train", **config.data) if dataset is None else as_dataset(dataset)
     device = _device(config.train.device)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        description = _description(config, network)
         if network is None and getattr(dataset, "classes", 0) and config.network.get("classes"):
             _check_classes(config.network.classes, dataset.classes)
         raw = build_model(description, dataset.data_shape, dataset.data, network).to(device)
@@ -134,8 +134,8 @@ class _Run:
                     taken, elapsed = self.step - since, time.perf_counter() - started
                     result.step, result.metrics = self.step, {
                         "step": self.step,
-                        "loss": self._finite(float(total) / taken),
-                        "grad_norm": float(grad_norm),
+                        "loss": self._finite("loss", total) / taken,
+                        "grad_norm": self._finite("grad_norm", grad_norm),
                         "lr": self._learning_rate(self.step - 1),
                         "images_per_second": taken * options.batch_size / elapsed,
                     }
@@ -145,8 +145,12 @@ class _Run:
                     )
                     total, since, started = torch.zeros_like(total), self.step, time.perf_counter()
                 if self.workdir and (self.step % options.checkpoint_every == 0 or self.step == options.steps):
-                    self._finite(float(loss))
+                    # A finite loss can have a gradient that is not, and one step with it spoils the weights.
+                    self._finite("loss", loss)
+                    self._finite("grad_norm", grad_norm)
                     self._save()
+                    # A run resumed from here knows no losses from before: neither does this one's next mean.
+                    total, since, started = torch.zeros_like(total), self.step, time.perf_counter()
                 if self.workdir and options.sample_every and self.step % options.sample_every == 0:
                     self._draw_samples(self.workdir / "samples" / f"{self.step:08d}.png")
                 if result.step == self.step:
@@ -244,10 +248,13 @@ class _Run:
         drawn = sample(self.average.module, count, solver="heun", steps=20, cond=cond, seed=self.config.seed)
         save_picture(drawn.samples, self.dataset.data, path)
 
-    def _finite(self, loss: float) -> float:
-        if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss} at step {self.step}: lower optim.lr, or look for outliers in the data")
-        return loss
+    def _finite(self, name: str, value: Tensor) -> float:
+        number = float(value)
+        if not math.isfinite(number):
+            raise TrainingError(
+                f"{name} is {number} at step {self.step}: lower optim.lr, or look for outliers in the data"
+            )
+        return number
 
 
 class _Order(Sampler[list[int]]):
@@ -281,8 +288,10 @@ class _Log:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
         path = workdir / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        # A run that was killed may have left half a line, which has no end.
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
@@ -305,20 +314,22 @@ class _Log:
 
 
 def _device(name: str) -> torch.device:
-    if name != "auto":
-        try:
-            return torch.device(name)
-        except RuntimeError as error:
-            raise ConfigError(f"train.device = {name!r}: must be 'auto' or a torch device") from error
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    if name == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        return torch.empty((), device=name).device
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(f"train.device = {name!r}: must be 'auto' or a device that torch has here") from error
 
 
-def _description(config: ConfigDict, network: nn.Module | None) -> dict[str, Any]:
-    """The config as it is stored: without its place, and a network of the user's own named so, not described."""
-    values = config.to_dict()
+def _description(config: ConfigDict, has_network: bool, has_dataset: bool) -> dict[str, Any]:
+    """The config as it is stored: without its place, and with the user's own network and data named so."""
+    values = json.loads(config.to_json())
     del values["workdir"]
-    if network is not None:
+    if has_network:
         values["network"] = {"name": "custom"}
+    if has_dataset:
+        values["data"] = {"name": "custom"}
     return values
 
 
@@ -334,7 +345,7 @@ def _check_classes(classes: int, needed: int) -> None:
 
 def _check_same(stored: dict[str, Any], given: dict[str, Any], workdir: Path) -> None:
     """Refuse to go on with a run under another config, where that would change its steps."""
-    for name in stored.keys() | given.keys():
+    for name in sorted(stored.keys() | given.keys()):
         if name not in RESUMABLE and stored.get(name) != given.get(name):
             raise ConfigError(
                 f"{name} = {given.get(name)!r}: the run in {workdir} has {stored.get(name)!r}; "

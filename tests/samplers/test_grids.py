@@ -1,0 +1,84 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sde_diffusion as sd
+from sde_diffusion.samplers.grids import GRIDS, check_log_snr, time_grid
+
+VP = sd.VPSDE()
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+@pytest.mark.parametrize("steps", [1, 2, 17, 1000])
+def test_a_grid_falls_from_start_to_end_exactly(any_sde, kind, steps):
+    start, end = any_sde.t_max, any_sde.t_min
+    times = time_grid(any_sde, kind, start, end, steps)
+    assert len(times) == steps + 1
+    assert (times[0], times[-1]) == (start, end)
+    assert all(s < t for t, s in zip(times, times[1:], strict=False))
+
+
+@given(fractions=st.tuples(st.floats(0, 1), st.floats(0, 1)), steps=st.integers(1, 50))
+def test_every_part_of_the_range_has_its_grid(fractions, steps):
+    start, end = (VP.t_min + f * (VP.t_max - VP.t_min) for f in sorted(fractions, reverse=True))
+    if not start - end > 1e-6:
+        return
+    for kind in GRIDS:
+        times = time_grid(VP, kind, start, end, steps)
+        assert (times[0], times[-1], len(times)) == (start, end, steps + 1)
+        assert all(s < t for t, s in zip(times, times[1:], strict=False))
+
+
+def test_log_snr_rises_by_equal_steps(any_sde):
+    times = torch.tensor(time_grid(any_sde, "log_snr", any_sde.t_max, any_sde.t_min, 40), dtype=torch.float64)
+    log_snr = any_sde.log_snr(times)
+    steps = log_snr.diff()
+    # A time near T = 1 is rounded to 1e-16, which moves a log-SNR of slope 1/(1 − t) < 2e3 by less than 1e-12.
+    torch.testing.assert_close(steps, (log_snr[-1] - log_snr[0]).expand(40) / 40, rtol=0, atol=1e-10)
+
+
+def test_time_falls_by_equal_steps(any_sde):
+    times = torch.tensor(time_grid(any_sde, "t", any_sde.t_max, any_sde.t_min, 40), dtype=torch.float64)
+    expected = (any_sde.t_min - any_sde.t_max) / 40
+    torch.testing.assert_close(times.diff(), torch.full((40,), expected, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("times", [[1.0, 0.5, 0.1], (0.9, 0.0), torch.tensor([1.0, 0.25])], ids=["list", "tuple", "tensor"])
+def test_given_times_are_kept(times):
+    assert time_grid(VP, times, 1.0, 0.0, 99) == [float(t) for t in times]
+
+
+@pytest.mark.parametrize(
+    ("kind", "start", "end", "message"),
+    [
+        ("cosine", 1.0, 0.1, "grid = 'cosine': must be one of log_snr, t, or decreasing times"),
+        ([0.1, 0.5], 1.0, 0.1, r"grid = \[0.1, 0.5\]: needs at least two strictly decreasing times"),
+        ([0.5, 0.5], 1.0, 0.1, r"grid = \[0.5, 0.5\]: needs at least two strictly decreasing times"),
+        ([0.5], 1.0, 0.1, r"grid = \[0.5\]: needs at least two"),
+        ([], 1.0, 0.1, r"grid = \[\]: needs at least two"),
+        ([1.5, 0.5], 1.0, 0.1, r"grid = 1.5 is outside the range \[0, 1.0\]"),
+        ([0.5, -0.5], 1.0, 0.1, r"grid = -0.5 is outside the range \[0, 1.0\]"),
+        ([0.5, float("nan")], 1.0, 0.1, "grid = nan is outside the range"),
+        ("t", 0.1, 0.5, "t_start = 0.1, t_end = 0.5: t_start must be the larger"),
+        ("t", 0.5, 0.5, "t_start = 0.5, t_end = 0.5: t_start must be the larger"),
+        ("log_snr", 1.0, 0.0, "t_end = 0.0: the log-SNR is infinite there"),
+    ],
+)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_errors_name_the_argument(kind, start, end, message, steps):
+    with pytest.raises(ValueError, match=message):
+        time_grid(VP, kind, start, end, steps)
+
+
+def test_a_start_without_signal_has_no_log_snr():
+    class Straight(sd.SDE):
+        def alpha(self, t):
+            return 1 - t
+
+        def sigma(self, t):
+            return t
+
+    with pytest.raises(ValueError, match="t_start = 1.0: the log-SNR is infinite there"):
+        check_log_snr(Straight(), 1.0, 0.5)
+    check_log_snr(Straight(), 0.999, 0.5)
