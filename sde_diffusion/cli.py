@@ -110,7 +110,15 @@ def _help(values: flags.FlagValues) -> str:
         if flag.short_name != name:
             default = "" if flag.default in (None, False, []) else f" (default: {flag.default})"
             lines.append(f"  --{name}: {flag.help}{default}")
-    return "\n".join(["", *lines, "", "  --config=FILE: a file of configs/", "  --config.field=value: changes a field of it"])
+    return "\n".join(
+        [
+            "",
+            *lines,
+            "",
+            "  --config=FILE: a file of configs/",
+            "  --config.field=value: changes a field of it",
+        ]
+    )
 
 
 def _define_train(values: flags.FlagValues) -> None:

@@ -167,9 +167,7 @@ class GaussianMixture(Distribution):
         generator = torch.Generator(self.means.device).manual_seed(seed)
         component = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         z = torch.randn(n, self.means.shape[1], generator=generator, device=component.device, dtype=self.means.dtype)
-        spread = torch.einsum(
-            "bij,bj->bi", self.eigenvectors[component], self.eigenvalues[component].sqrt() * z
-        )
+        spread = torch.einsum("bij,bj->bi", self.eigenvectors[component], self.eigenvalues[component].sqrt() * z)
         return (self.means[component] + spread).reshape(n, *self.data_shape)
 
     def _rotate(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

@@ -245,9 +245,7 @@ def _evaluate(
     std_error = torch.zeros_like(log_prob[:, 0])
     if options.trace == "hutchinson":
         std_error = log_prob.std(1) / math.sqrt(options.probes) if options.probes > 1 else std_error + math.nan
-    return LogLikelihood(
-        log_prob.mean(1), std_error, torch.cat(latents), nfe, t_min, time.perf_counter() - started
-    )
+    return LogLikelihood(log_prob.mean(1), std_error, torch.cat(latents), nfe, t_min, time.perf_counter() - started)
 
 
 def _solve(
@@ -290,15 +288,23 @@ def _hutchinson(x: Tensor, streams: Streams, options: _Options) -> Divergence:
     z = z.transpose(0, 1)
 
     def estimate(velocity: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-        value, product = torch.func.vjp(velocity, x)
+        value, product = _with_products(velocity, x)
         return value, torch.stack([(probe * product(probe)[0]).flatten(1).sum(1) for probe in z], 1)
 
     return estimate
 
 
+def _with_products(
+    velocity: Callable[[Tensor], Tensor], x: Tensor
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+    """v(x), and the map z -> zᵀ ∂v/∂x that shares its forward pass."""
+    value, product, *_ = torch.func.vjp(velocity, x)
+    return value, product
+
+
 def _exact_divergence(velocity: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """Value, and the trace of ∂v/∂x (B, 1) by a product with every unit vector."""
-    value, product = torch.func.vjp(velocity, x)
+    value, product = _with_products(velocity, x)
     units = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device).reshape(-1, *x.shape[1:])
     # One product after another: batched by vmap they do not go through a network in channels_last.
     entries = [(unit * product(unit.expand_as(x))[0]).flatten(1).sum(1) for unit in units]

@@ -10,7 +10,7 @@ result is a solver's and not an interpolant's; only the guess of the first step 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -19,8 +19,8 @@ import torchdiffeq
 from torch import Tensor
 
 ADAPTIVE_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
-# torchdiffeq's Adams methods are left out: they take the grid to be equally spaced without a word, and the explicit one,
-# of order 12, gets worse with every step added.
+# torchdiffeq's Adams methods are left out: they take every grid to be equally spaced, and the explicit one, of order 12,
+# gets worse with every step added.
 FIXED_METHODS = ("euler", "midpoint", "heun2", "heun3", "rk4")
 
 
@@ -67,7 +67,8 @@ def integrate(
     if not steps or not min(steps) * max(steps) > 0:
         raise ValueError(f"grid = {list(grid)}: needs at least two points, all rising or all falling")
     first, last = min(grid[0], grid[-1]), max(grid[0], grid[-1])
-    reached, calls = grid[0], 0
+    reached: Tensor | float = grid[0]
+    calls = 0
 
     def clamped(s: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         nonlocal reached, calls
@@ -100,4 +101,4 @@ def integrate(
 
 def _largest_rms(error: tuple[Tensor, ...]) -> Tensor:
     """Largest over samples, and over the tensors of the state, of each one's root mean square."""
-    return torch.stack([tensor.flatten(1).square().mean(1).max() for tensor in error]).max().sqrt()
+    return torch.stack([tensor.reshape(len(tensor), -1).square().mean(1).max() for tensor in error]).max().sqrt()

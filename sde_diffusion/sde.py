@@ -213,7 +213,11 @@ class ReverseSDE:
 
 
 def drift_in_log_noise(
-    sde: SDE, predict: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, u: Tensor, eta: float = 0.0
+    sde: SDE,
+    predict: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    x: Tensor,
+    u: Tensor,
+    eta: float = 0.0,
 ) -> Tensor:
     """The reverse drift over u = log(σ/α) in place of t, with predict(x, t) -> (x̂₀, ε̂); its noise is η √2 σ dW̄.
 
@@ -375,7 +379,7 @@ class EDMSDE(SDE):
         self.T = self.sigma_max
 
     @property
-    def t_min(self) -> float:  # type: ignore[override]
+    def t_min(self) -> float:
         """σ_min."""
         return self.sigma_min
 

@@ -22,10 +22,10 @@ class UserSDE(SDE):
         return torch.sin(0.5 * math.pi * t)
 
 
-EVERY_SDE = {"vp": VPSDE(), "subvp": SubVPSDE(), "ve": VESDE(), "edm": EDMSDE(), "user": UserSDE()}
+EVERY_SDE: dict[str, SDE] = {"vp": VPSDE(), "subvp": SubVPSDE(), "ve": VESDE(), "edm": EDMSDE(), "user": UserSDE()}
 
 
-@pytest.fixture(scope="session", params=EVERY_SDE.values(), ids=EVERY_SDE.keys())
+@pytest.fixture(scope="session", params=list(EVERY_SDE.values()), ids=list(EVERY_SDE))
 def any_sde(request):
     return request.param
 

@@ -32,8 +32,8 @@ def rounding(distribution, sde, x, t):
     """How far two float64 evaluations at x (B, D) may differ, for each quantity (B, 1), or (B,) for numbers.
 
     The exponents of the softmax, squared distances over σ², are known to δ, a few eps (|x|/σ + α |x₀|/σ)². By
-    Cauchy and Schwarz this moves E[x₀ | x] by at most δ √V and V = tr Cov[x₀ | x] by 2 δ V; rounding x moves the
-    former by tr J = α V/σ² as much. ε̂ = (x − α x̂₀)/σ and the rest follow.
+    Cauchy and Schwarz this moves E[x₀ | x] by at most δ √V, and V = tr Cov[x₀ | x] by 2 δ V; rounding x moves
+    E[x₀ | x] by tr J = α V/σ² as much. ε̂ = (x − α x̂₀)/σ and the rest follow.
     """
     dimension, largest = x.shape[1], size(distribution)
     alpha, sigma = sde.alpha(t)[:, None], sde.sigma(t)[:, None]
@@ -189,8 +189,7 @@ def test_empirical_is_the_limit_of_small_covariances(any_sde, points):
     # The variance σ² grows by the factor 1 + 1e-18 (α/σ)², and the exponents |x − α x₀|²/2σ² shrink by it.
     ratio = (x.norm(dim=1, keepdim=True) + alpha * largest) / sigma
     bound = (
-        rounding(empirical.distribution, any_sde, x, t)["denoise"]
-        + largest * variance * (alpha / sigma * ratio) ** 2
+        rounding(empirical.distribution, any_sde, x, t)["denoise"] + largest * variance * (alpha / sigma * ratio) ** 2
     )
     assert (difference.abs() <= bound).all()
 
@@ -268,7 +267,7 @@ def test_a_time_for_each_example(any_sde, small_distribution):
 
 
 def assert_moments(samples, mean, covariance):
-    """Hold samples (n, D), of tails no heavier than a Gaussian's, to their moments within four standard errors."""
+    """Within four standard errors, for samples (n, D) of tails no heavier than a Gaussian's."""
     n, variance = len(samples), covariance.diagonal()
     assert ((samples.mean(0) - mean).abs() < 4 * (variance / n).sqrt()).all()
     standard_error = torch.sqrt((covariance**2 + variance[:, None] * variance) / n)

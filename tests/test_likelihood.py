@@ -11,7 +11,7 @@ from sde_diffusion.networks import UNet
 SDES = {"vp": sd.VPSDE(), "subvp": sd.SubVPSDE(), "ve": sd.VESDE(), "edm": sd.EDMSDE()}
 
 
-@pytest.fixture(params=SDES.values(), ids=SDES.keys())
+@pytest.fixture(params=list(SDES.values()), ids=list(SDES))
 def sde(request):
     return request.param
 
@@ -20,7 +20,9 @@ def sde(request):
 def image_model():
     """A small random U-Net with attention, of 8-bit images, in float64 so that tolerances are what decides."""
     torch.manual_seed(0)
-    network = UNet((1, 4, 4), base_channels=4, channel_multipliers=(1, 2), blocks_per_level=1, attention_resolutions=(2,))
+    network = UNet(
+        (1, 4, 4), base_channels=4, channel_multipliers=(1, 2), blocks_per_level=1, attention_resolutions=(2,)
+    )
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return sd.DiffusionModel(network, sd.VPSDE(), data_shape=(1, 4, 4), data=sd.DataInfo(bits=8)).double()
@@ -59,15 +61,17 @@ def test_hutchinson_is_unbiased_and_its_standard_error_is_right(rotated, probe):
     deviation = result.log_prob - model.log_prob(x, result.t_min)
     # The mean over independent examples, against its own standard error.
     assert abs(float(deviation.mean())) < 4 * float(result.std_error.square().sum().sqrt()) / count
-    # z² has mean (n - 1)/(n - 3) for Student's t with n - 1 degrees of freedom, and a variance that 16 probes keep small:
-    # for 15 degrees of freedom mean 1.15, variance 3.4, over 200 examples 1.15 ± 0.13.
+    # The square of Student's t with 15 degrees of freedom has mean 15/13 = 1.15 and variance 3.4: over 200 examples
+    # 1.15 ± 0.13.
     squares = (deviation / result.std_error).square().mean()
     assert 1.15 - 4 * 0.13 < float(squares) < 1.15 + 4 * 0.13
 
 
 def test_hutchinson_is_exact_for_a_diagonal_jacobian():
     """With z² = 1 a Rademacher probe reads a diagonal Jacobian without error."""
-    model = sd.Gaussian(torch.zeros(5, dtype=torch.float64), torch.diag(torch.linspace(0.1, 2, 5).double())).under(sd.VPSDE())
+    model = sd.Gaussian(torch.zeros(5, dtype=torch.float64), torch.diag(torch.linspace(0.1, 2, 5).double())).under(
+        sd.VPSDE()
+    )
     x = model.sample(7)
     exact = sd.log_likelihood(model, x, trace="exact")
     estimate = sd.log_likelihood(model, x, probes=3)
@@ -194,7 +198,7 @@ def test_wrong_data_are_named(ring, image_model):
     x = ring.sample(4)
     with pytest.raises(ValueError, match=r"x has shape \(4, 3\)"):
         sd.log_likelihood(model, torch.zeros(4, 3))
-    with pytest.raises(ValueError, match="x has dtype torch.int64: need a floating dtype"):
+    with pytest.raises(ValueError, match=r"x has dtype torch\.int64: need a floating dtype"):
         sd.log_likelihood(model, torch.zeros(4, 2, dtype=torch.int64))
     x[2, 0] = math.nan
     with pytest.raises(ValueError, match=r"x\[2\] holds NaN"):
@@ -203,7 +207,7 @@ def test_wrong_data_are_named(ring, image_model):
         sd.log_likelihood(model, x[:0])
     with pytest.raises(ValueError, match="bits is None"):
         sd.bits_per_dim(model, torch.zeros(4, 2, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="images is torch.float32"):
+    with pytest.raises(ValueError, match=r"images is torch\.float32"):
         sd.bits_per_dim(image_model, torch.zeros(1, 1, 4, 4))
     with pytest.raises(ValueError, match=r"values in \[300, 300\]: need 0 to 255"):
         sd.bits_per_dim(image_model, torch.full((1, 1, 4, 4), 300))

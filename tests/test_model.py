@@ -82,7 +82,7 @@ def test_a_perfect_output_gives_the_exact_prediction(any_sde, dtype, ring, predi
     x, t = states(exact, dtype)
     alpha, sigma = any_sde.alpha(t.double())[:, None], any_sde.sigma(t.double())[:, None]
     expected = exact.predict(x.double(), t.double())
-    output = output_of(prediction, *expected, alpha, sigma).to(dtype)
+    output = output_of(prediction, expected.x0, expected.eps, alpha, sigma).to(dtype)
     model = DiffusionModel(lambda x, t: output, any_sde, prediction, data_shape=(2,), sigma_data=SIGMA_DATA)
     result, bounds = model.predict(x, t), rounding(prediction, any_sde, x, t, output)
     for value, exact_value, bound in zip(result, expected, bounds, strict=True):
@@ -105,16 +105,15 @@ def test_a_network_that_knows_the_answer_is_the_exact_model(any_sde, ring, predi
         alpha, sigma = any_sde.alpha(t)[:, None], any_sde.sigma(t)[:, None]
         if prediction == "edm":
             x = x * torch.hypot(sigma, alpha * SIGMA_DATA)
-        return output_of(prediction, *exact.predict(x, t), alpha, sigma)
+        return output_of(prediction, exact.denoise(x, t), exact.eps(x, t), alpha, sigma)
 
     model = DiffusionModel(network, any_sde, prediction, data_shape=(2,), sigma_data=SIGMA_DATA)
     x, t = (value[3:-3] for value in states(exact, torch.float64))
-    # At these times 0.006 < σ/α < 200; a few roundings of x, and 14 of t found back from log(σ/α), move what a
-    # mixture answers by less than (α/σ)² < 3e4 times as much.
+    # At these times 0.006 < σ/α < 200: a few roundings of x, and 14 of t found back from log(σ/α), move what
+    # a mixture answers by less than (α/σ)² < 3e4 times as much, which is 1e-10.
     for name in ("denoise", "eps", "score", "velocity"):
-        torch.testing.assert_close(
-            getattr(model, name)(x, t), getattr(exact, name)(x, t), rtol=1e-9, atol=1e-9
-        )
+        result, expected = getattr(model, name)(x, t), getattr(exact, name)(x, t)
+        torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_views_of_the_prediction(any_sde, dtype):

@@ -1,5 +1,6 @@
 import math
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -32,13 +33,14 @@ def even(count, first=0.0, last=2.0):
 def errors_in_tolerances(method, tolerance):
     """How many tolerances a method may err over a time of 2 in which nothing grows by more than e.
 
-    A few, as each step's estimate is below it, and is of the lower of two orders: more would mean that the end is
-    interpolated. Fehlberg's estimate is h² x''/512, whose h = √(1024 tolerance) leaves h² x'''/6 of its second order.
+    A few, as each step's estimate is below it, and of the lower of two orders: more would mean that the end is
+    interpolated. Fehlberg's estimate h² x″/512 allows h = √(1024 tolerance), of which the second order makes an
+    error of h²/6.
     """
     return (170 if method == "fehlberg2" else 10) * tolerance
 
 
-@pytest.mark.parametrize("tolerance", [1e-3, 1e-5, 1e-7])
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-6])
 @pytest.mark.parametrize("method", ADAPTIVE_METHODS)
 def test_adaptive_methods_hold_the_tolerance(method, tolerance):
     options = {"method": method, "rtol": tolerance, "atol": tolerance}
@@ -72,7 +74,7 @@ def test_fixed_methods_step_along_the_grid(grid):
 
     (x,) = integrate(velocity, (ones(2, 3),), grid, method="euler")
     assert seen == grid[:-1]
-    product = math.prod(1 - (after - before) for before, after in zip(grid, grid[1:], strict=False))
+    product = math.prod(1 - (after - before) for before, after in pairwise(grid))
     torch.testing.assert_close(x, product * ones(2, 3))
 
 
@@ -97,14 +99,14 @@ def test_time_stays_in_the_interval(method, grid, dtype):
 
 @pytest.mark.parametrize("method", ADAPTIVE_METHODS)
 def test_one_hard_sample_decides_the_steps(method):
-    """An error that is averaged over the batch would be 1000 times, or its root 30 times, too small to be seen."""
+    """The root mean square over the batch would make its error 30 times smaller."""
     rates = torch.zeros(1000, dtype=torch.float64)
     rates[137] = 20.0
 
     def velocity(rates):
         return lambda state, s: (rates[:, None] * torch.cos(20 * s) * state[0],)
 
-    options = {"method": method, "rtol": 1e-4, "atol": 1e-4}
+    options = {"method": method, "rtol": 1e-3, "atol": 1e-3}
     (together,) = integrate(velocity(rates), (ones(1000, 2),), FORWARDS, **options)
     (alone,) = integrate(velocity(rates[137:138]), (ones(1, 2),), FORWARDS, **options)
     torch.testing.assert_close(together[137:138], alone, rtol=1e-12, atol=0)
@@ -119,13 +121,13 @@ def test_every_tensor_of_the_state_counts(method):
         images, number = state
         return -images, 20 * torch.cos(20 * s) * number
 
-    tolerance = 1e-5
+    tolerance = 1e-4
     images, number = integrate(
         velocity, (ones(3, 2, 4, 4), ones(3)), FORWARDS, method=method, rtol=tolerance, atol=tolerance
     )
     assert images.shape == (3, 2, 4, 4)
     assert number.shape == (3,)
-    # Errors relative to a size of up to e, over 40 radians, may add for as long as it takes to grow by e² and back.
+    # Over 13 periods in which the number grows by e² and shrinks again, errors of tolerance times e may add up.
     bound = 20 * math.exp(2) * errors_in_tolerances(method, tolerance)
     assert ((number - math.exp(math.sin(40))).abs() <= bound).all()
     assert ((images - math.exp(-2)).abs() <= bound).all()
@@ -167,7 +169,7 @@ def test_an_exploding_state_is_an_error(method):
 
     # x = 1/(1 - s) leaves the finite numbers at s = 1.
     with pytest.raises(SolverError) as failure:
-        integrate(velocity, (ones(2, 2),), even(50), method=method)
+        integrate(velocity, (ones(2, 2),), even(50), method=method, max_steps=1000)
     message = str(failure.value)
     assert message.startswith(method)
     assert f"{calls} evaluations" in message

@@ -80,7 +80,7 @@ def test_defaults_agree_with_closed_forms(sde, rate, times):
     t = times(sde)
     argument = sde.log_snr(t) if rate == "t_from_log_snr" else t
     default, closed = getattr(SDE, rate)(sde, argument), getattr(sde, rate)(argument)
-    # A few roundings; bisection multiplies those of a log-SNR below 14 by |dt/d log-SNR|, at most T/2 (EDM's).
+    # A few roundings; bisection multiplies those of a log-SNR < 14 by |dt/d log-SNR|, at most T/2 (EDM's).
     bound = torch.finfo(t.dtype).eps * (16 * closed.abs() + (14 * sde.T if rate == "t_from_log_snr" else 0))
     assert ((default - closed).abs() <= bound + autograd_error(sde, rate, t)).all()
 
@@ -159,7 +159,7 @@ def test_range_of_time(any_sde, dtype):
     ends = torch.tensor([any_sde.t_min, any_sde.t_max], dtype=dtype)
     for function in (any_sde.log_snr, any_sde.alpha, any_sde.sigma, any_sde.sigma_dot, any_sde.diffusion):
         assert torch.isfinite(function(ends)).all()
-    # Within a factor of 1000, but for rounding t: at the user's t_max the log-SNR moves by 2000 times as much.
+    # Within a factor of 1000, but for rounding t: the log-SNR at the user's t_max moves by 2000 times that.
     slack = 2000 * torch.finfo(dtype).eps
     assert (any_sde.log_snr(ends).abs() <= 2 * math.log(1000) + slack).all()
 
@@ -194,9 +194,7 @@ def test_noisiest_edm_level_is_bounded():
 
 @pytest.mark.parametrize("data_shape", DATA_SHAPES)
 def test_prior_density(any_sde, data_shape):
-    x = any_sde.prior_std * torch.randn(
-        4, *data_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
+    x = any_sde.prior_std * torch.randn(4, *data_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     reference = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), any_sde.prior_std)
     expected = reference.log_prob(x).flatten(1).sum(1)
     torch.testing.assert_close(any_sde.prior_log_prob(x), expected, rtol=1e-13, atol=0)

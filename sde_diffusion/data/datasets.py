@@ -69,9 +69,7 @@ class ArrayDataset(Dataset[Sample]):
                 depth that does not fit their dtype, or labels that do not fit the values.
         """
         if values.ndim < 2 or values.numel() == 0:
-            raise ValueError(
-                f"values must have shape (N, *data_shape), none of them 0; got {tuple(values.shape)}"
-            )
+            raise ValueError(f"values must have shape (N, *data_shape), none of them 0; got {tuple(values.shape)}")
         self.data = _default_info(values.dtype) if data is None else data
         self.values = _checked_values(values, self.data)
         self.labels = None if labels is None else _checked_labels(labels, len(values))
@@ -218,9 +216,7 @@ def _default_info(dtype: torch.dtype) -> DataInfo:
         return DataInfo(bits=None)
     if dtype == torch.uint8:
         return DataInfo(bits=8)
-    raise ValueError(
-        f"values have dtype {dtype}: say their bit depth with data=DataInfo(bits=...), or pass floats"
-    )
+    raise ValueError(f"values have dtype {dtype}: say their bit depth with data=DataInfo(bits=...), or pass floats")
 
 
 def _checked_values(values: torch.Tensor, data: DataInfo, first_index: int = 0) -> torch.Tensor:
@@ -236,9 +232,7 @@ def _checked_values(values: torch.Tensor, data: DataInfo, first_index: int = 0) 
         bad, allowed = ~values.isfinite().flatten(1).all(1), "finite"
     else:
         if data.bits is None:
-            raise ValueError(
-                f"values have dtype {values.dtype} but data.bits=None: pass DataInfo(bits=...), or floats"
-            )
+            raise ValueError(f"values have dtype {values.dtype} but data.bits=None: pass DataInfo(bits=...), or floats")
         if values.dtype in _UNSIGNED_WITHOUT_REDUCTIONS:
             values = values.to(torch.int64)
         smallest, largest = values.flatten(1).aminmax(dim=1)

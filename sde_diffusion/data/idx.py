@@ -56,9 +56,7 @@ def read_idx(path: str | os.PathLike[str] | Traversable) -> np.ndarray:
     expected = header_size + math.prod(shape) * dtype.itemsize
     if len(content) != expected:
         fault = "truncated" if len(content) < expected else "over-long"
-        raise ValueError(
-            f"{source}: {fault}, {len(content)} bytes; shape {shape} of {dtype} needs {expected}"
-        )
+        raise ValueError(f"{source}: {fault}, {len(content)} bytes; shape {shape} of {dtype} needs {expected}")
     return np.frombuffer(content, dtype, offset=header_size).reshape(shape).astype(dtype.newbyteorder("="))
 
 

@@ -27,7 +27,5 @@ def build_network(name: str, data_shape: Sequence[int], **options: Any) -> nn.Mo
         raise ValueError(f"network must be one of {', '.join(NETWORKS)}; got {name!r}")
     _, *allowed = inspect.signature(NETWORKS[name]).parameters
     if unknown := sorted(set(options) - set(allowed)):
-        raise ValueError(
-            f"unknown option {', '.join(unknown)} of network {name!r}; it has {', '.join(allowed)}"
-        )
+        raise ValueError(f"unknown option {', '.join(unknown)} of network {name!r}; it has {', '.join(allowed)}")
     return NETWORKS[name](data_shape, **options)

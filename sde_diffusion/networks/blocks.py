@@ -84,9 +84,7 @@ class SinusoidalEmbedding(nn.Module):
         """(dim/2,) frequencies on the device of `like`, in its dtype or float32, whichever is the finer."""
         last = self.dim // 2 - 1
         frequencies = [10000.0 ** (-i / last) for i in range(last + 1)]
-        return torch.tensor(
-            frequencies, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device
-        )
+        return torch.tensor(frequencies, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # A cast to float64 would keep the roundings of float32; to_empty() would leave the buffer unfilled.
@@ -120,9 +118,7 @@ class LabelEmbedding(nn.Module):
 def check_inputs(x: Tensor, t: Tensor, label: Tensor | None, data_shape: Sequence[int], classes: int) -> None:
     """Raise ValueError unless x is (B, *data_shape), t (B,) and label None or, for classes > 0, (B,)."""
     if x.shape[1:] != torch.Size(data_shape):
-        raise ValueError(
-            f"x must be (B, *data_shape) with data_shape {tuple(data_shape)}; got {tuple(x.shape)}"
-        )
+        raise ValueError(f"x must be (B, *data_shape) with data_shape {tuple(data_shape)}; got {tuple(x.shape)}")
     if t.shape != x.shape[:1]:
         raise ValueError(f"t must be ({len(x)},), one time for each x; got {tuple(t.shape)}")
     if label is not None and not classes:

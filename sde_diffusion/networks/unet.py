@@ -84,9 +84,7 @@ class UNet(nn.Module):
         self.data_shape, self.classes = tuple(data_shape), classes
         heights = _heights(self.data_shape, len(channel_multipliers))
         if absent := sorted(set(attention_resolutions) - set(heights)):
-            raise ValueError(
-                f"attention_resolutions must be among the heights {heights} of the levels; got {absent}"
-            )
+            raise ValueError(f"attention_resolutions must be among the heights {heights} of the levels; got {absent}")
         if base_channels < 4 or base_channels % 2:
             raise ValueError(f"base_channels must be even and at least 4; got {base_channels}")
         for name, divisor in (("heads", heads), ("groups", 1 if groups is None else groups)):
@@ -116,9 +114,7 @@ class UNet(nn.Module):
                 after.append(SelfAttention(channels_out, heads, groups))
             if upsample:
                 after.append(Upsample(channels_out))
-            return Stage(
-                ResidualBlock(channels_in, channels_out, embedding_channels, dropout, groups), *after
-            )
+            return Stage(ResidualBlock(channels_in, channels_out, embedding_channels, dropout, groups), *after)
 
         levels = [
             (base_channels * multiplier, height in attention_resolutions)
@@ -185,7 +181,6 @@ def _heights(data_shape: tuple[int, ...], levels: int) -> list[int]:
     divisor = 2 ** (levels - 1)
     if len(data_shape) != 3 or min(data_shape) < 1 or any(size % divisor for size in data_shape[1:]):
         raise ValueError(
-            f"data_shape must be (C, H, W) with H and W divisible by {divisor}, for {levels} levels; "
-            f"got {data_shape}"
+            f"data_shape must be (C, H, W) with H and W divisible by {divisor}, for {levels} levels; got {data_shape}"
         )
     return [data_shape[1] // 2**level for level in range(levels)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -132,6 +133,8 @@ class _Reverse(torch.nn.Module):
         self.problem, self.shape, self.eta, self.sde_type = problem, shape, eta, sde_type
         self.start, self.stride = float(u[0]), float(u[1] - u[0])
         self._known: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=4)
+        # torchsde asks for g some twenty times a step, at three times.
+        self._sigma = lru_cache(maxsize=4)(self._sigma_at)
 
     def f(self, r: Tensor, y: Tensor) -> Tensor:
         """Drift a unit of r.
@@ -149,8 +152,12 @@ class _Reverse(torch.nn.Module):
 
     def g(self, r: Tensor, y: Tensor) -> Tensor:
         """η √(2 |Δu|) σ."""
-        sigma = self.problem.sde.sigma(self.problem.sde.time_change(self._log_noise(r))[0])
-        return (self.eta * math.sqrt(2 * abs(self.stride)) * sigma).to(y.dtype).expand_as(y)
+        std = self.eta * math.sqrt(2 * abs(self.stride)) * self._sigma(float(r))
+        return y.new_full((), std).expand_as(y)
+
+    def _sigma_at(self, r: float) -> float:
+        log_noise = torch.tensor(self.start + self.stride * r, dtype=torch.float64)
+        return float(self.problem.sde.sigma(self.problem.sde.t_from_log_snr(-2 * log_noise)))
 
     def _log_noise(self, r: Tensor) -> Tensor:
         return self.start + self.stride * r.double()

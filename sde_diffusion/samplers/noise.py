@@ -41,16 +41,12 @@ class Streams:
     def normal(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         """Standard normal numbers (B, *shape)."""
         size = tuple(shape)
-        return torch.stack(
-            [torch.randn(size, generator=g, device=self.device, dtype=dtype) for g in self._generators]
-        )
+        return torch.stack([torch.randn(size, generator=g, device=self.device, dtype=dtype) for g in self._generators])
 
     def uniform(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         """Numbers uniform on [0, 1), (B, *shape)."""
         size = tuple(shape)
-        return torch.stack(
-            [torch.rand(size, generator=g, device=self.device, dtype=dtype) for g in self._generators]
-        )
+        return torch.stack([torch.rand(size, generator=g, device=self.device, dtype=dtype) for g in self._generators])
 
     def seeds(self) -> list[int]:
         """One integer per stream, for a library that wants a seed rather than numbers; repeatable."""

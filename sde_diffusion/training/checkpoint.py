@@ -155,9 +155,7 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(
-    path: Path, raw: DiffusionModel, average: DiffusionModel, optimizer: torch.optim.Optimizer
-) -> int:
+def load_checkpoint(path: Path, raw: DiffusionModel, average: DiffusionModel, optimizer: torch.optim.Optimizer) -> int:
     """Restore what ``save_checkpoint`` wrote; returns the step.
 
     Raises:

@@ -99,9 +99,23 @@ _CHOICES = {
     "model.prediction": PREDICTIONS,
     "loss.weighting": tuple(WEIGHTINGS),
 }
-_POSITIVE = ("optim.lr", "optim.eps", "model.sigma_data", "train.batch_size", "train.log_every", "train.sample_count")
+_POSITIVE: tuple[str, ...] = (
+    "optim.lr",
+    "optim.eps",
+    "model.sigma_data",
+    "train.batch_size",
+    "train.log_every",
+    "train.sample_count",
+)
 _POSITIVE += ("train.checkpoint_every", "train.keep_checkpoints")
-_NOT_NEGATIVE = ("seed", "optim.weight_decay", "optim.warmup", "optim.grad_clip", "train.steps", "train.workers")
+_NOT_NEGATIVE: tuple[str, ...] = (
+    "seed",
+    "optim.weight_decay",
+    "optim.warmup",
+    "optim.grad_clip",
+    "train.steps",
+    "train.workers",
+)
 _NOT_NEGATIVE += ("train.sample_every",)
 _FRACTIONS = ("optim.beta1", "optim.beta2", "ema.decay")
 # Sections whose fields are the keyword arguments of a named class; the second entry counts the arguments the

@@ -2,10 +2,11 @@
 
     x₀ = dequantised data,  t from the config's distribution,  ε ~ N(0, I)
     step AdamW on  mean over the batch of  w(t) ‖target − prediction(α x₀ + σ ε, t)‖²
-    average  ← d average + (1 − d) weights,   d = min(decay, (1 + step)/(10 + step)),   from the first step's weights on
+    average  ← d average + (1 − d) weights,   d = min(decay, (1 + step)/(10 + step))
 
-Every random number of a step is a function of the seed, the step and the example's place in the global batch alone
-(dropout: of the seed and the step), so a resumed run takes exactly the steps that an uninterrupted one would.
+The average begins as the weights after the first step. Every random number of a step is a function of the seed, the
+step and the example's place in the global batch alone (dropout: of the seed and the step), so a resumed run takes
+exactly the steps that an uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ def train(
     device = _device(config.train.device)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        if network is None and getattr(dataset, "classes", 0) and config.network.get("classes"):
+        if network is None and dataset.classes and config.network.get("classes"):
             _check_classes(config.network.classes, dataset.classes)
         raw = build_model(description, dataset.data_shape, dataset.data, network).to(device)
         run = _Run(config, description, dataset, raw, device)
@@ -98,9 +99,15 @@ class _Run:
     """The state of a run and the steps it takes."""
 
     def __init__(
-        self, config: ConfigDict, description: dict[str, Any], dataset: Any, raw: DiffusionModel, device: torch.device
+        self,
+        config: ConfigDict,
+        description: dict[str, Any],
+        dataset: Any,
+        raw: DiffusionModel,
+        device: torch.device,
     ):
-        self.config, self.description, self.dataset, self.raw, self.device = config, description, dataset, raw, device
+        self.config, self.description, self.dataset = config, description, dataset
+        self.raw, self.device = raw, device
         self.workdir = Path(config.workdir) if config.workdir else None
         self.step = 0
         optim = config.optim
@@ -113,14 +120,14 @@ class _Run:
             fused=True,
         )
         self.average = AveragedModel(raw, multi_avg_fn=self._average)
-        self.average.module.eval().requires_grad_(False)
+        self.averaged = cast(DiffusionModel, self.average.module).eval().requires_grad_(False)
         if self.workdir:
             self._take_up()
 
     def finish(self, callbacks: Sequence[Callable[[TrainResult], None]]) -> TrainResult:
         """Take all the steps that remain."""
         options = self.config.train
-        result = TrainResult(self.average.module, self.raw, self.step, self.workdir)
+        result = TrainResult(self.averaged, self.raw, self.step, self.workdir)
         log = _Log(self.workdir, self.step)
         total, since, started = torch.zeros((), device=self.device), self.step, time.perf_counter()
         self.raw.train()
@@ -132,7 +139,8 @@ class _Run:
                 bar.update()
                 if self.step % options.log_every == 0 or self.step == options.steps:
                     taken, elapsed = self.step - since, time.perf_counter() - started
-                    result.step, result.metrics = self.step, {
+                    result.step = self.step
+                    result.metrics = {
                         "step": self.step,
                         "loss": self._finite("loss", total) / taken,
                         "grad_norm": self._finite("grad_norm", grad_norm),
@@ -140,9 +148,7 @@ class _Run:
                         "images_per_second": taken * options.batch_size / elapsed,
                     }
                     log.write(result.metrics)
-                    bar.set_postfix_str(
-                        f"loss {result.metrics['loss']:.4f}, {result.metrics['images_per_second']:.0f} images/s"
-                    )
+                    bar.set_postfix_str("loss {loss:.4f}, {images_per_second:.0f} images/s".format(**result.metrics))
                     total, since, started = torch.zeros_like(total), self.step, time.perf_counter()
                 if self.workdir and (self.step % options.checkpoint_every == 0 or self.step == options.steps):
                     # A finite loss can have a gradient that is not, and one step with it spoils the weights.
@@ -220,9 +226,9 @@ class _Run:
             rate *= 0.5 * (1 + math.cos(math.pi * step / self.config.train.steps))
         return rate
 
-    def _average(self, averages: list[Tensor], weights: list[Tensor], count: Any) -> None:
+    def _average(self, averages: Sequence[Tensor], weights: Sequence[Tensor], count: Any) -> None:
         decay = min(self.config.ema.decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        torch._foreach_lerp_(list(averages), list(weights), float(1 - decay))
 
     def _take_up(self) -> None:
         assert self.workdir is not None
@@ -231,21 +237,20 @@ class _Run:
         if checkpoint is None:
             write_json(self.workdir / "config.json", self.description)
             return
-        _check_same(flatten(read_json(self.workdir / "config.json")), flatten(self.description), self.workdir)
-        self.step = load_checkpoint(checkpoint, self.raw, self.average.module, self.optimizer)
+        stored = _completed(read_json(self.workdir / "config.json"))
+        _check_same(flatten(stored), flatten(self.description), self.workdir)
+        self.step = load_checkpoint(checkpoint, self.raw, self.averaged, self.optimizer)
         self.average.n_averaged.fill_(self.step)
 
     def _save(self) -> None:
         assert self.workdir is not None
         keep = self.config.train.keep_checkpoints
-        save_checkpoint(
-            self.workdir, self.step, self.description, self.raw, self.average.module, self.optimizer, keep
-        )
+        save_checkpoint(self.workdir, self.step, self.description, self.raw, self.averaged, self.optimizer, keep)
 
     def _draw_samples(self, path: Path) -> None:
         count, classes = self.config.train.sample_count, getattr(self.raw.network, "classes", 0)
         cond = {"label": torch.arange(count, device=self.device) % classes} if classes else None
-        drawn = sample(self.average.module, count, solver="heun", steps=20, cond=cond, seed=self.config.seed)
+        drawn = sample(self.averaged, count, solver="heun", steps=20, cond=cond, seed=self.config.seed)
         save_picture(drawn.samples, self.dataset.data, path)
 
     def _finite(self, name: str, value: Tensor) -> float:
@@ -331,6 +336,13 @@ def _description(config: ConfigDict, has_network: bool, has_dataset: bool) -> di
     if has_dataset:
         values["data"] = {"name": "custom"}
     return values
+
+
+def _completed(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as it was stored, with the defaults of fields that did not exist then."""
+    custom = {name for name, section in stored.items() if section == {"name": "custom"}}
+    known = resolve_config({name: section for name, section in stored.items() if name not in custom})
+    return _description(known, "network" in custom, "data" in custom)
 
 
 def _collate(items: list[Any]) -> tuple[Tensor, Tensor | None]:

@@ -130,9 +130,7 @@ def test_a_dataset_is_returned_as_it_is():
 
 def test_a_users_dataset_is_wrapped():
     values, labels = byte_images(), torch.arange(6) % 2
-    named = as_dataset(
-        UserDataset([(v, int(i)) for v, i in zip(values, labels, strict=True)], classes=["a", "b"])
-    )
+    named = as_dataset(UserDataset([(v, int(i)) for v, i in zip(values, labels, strict=True)], classes=["a", "b"]))
     assert (named.data_shape, named.classes, named.data.bits, len(named)) == ((3, 6, 5), 2, 8, 6)
     value, label = named[3]
     assert torch.equal(value, values[3])

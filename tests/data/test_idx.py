@@ -81,9 +81,7 @@ def write_set(folder, prefix, suffix="", count=4):
     return torch.from_numpy(images)[:, None]
 
 
-@pytest.mark.parametrize(
-    ("train", "test"), [("train", "t10k"), ("emnist-balanced-train", "emnist-balanced-test")]
-)
+@pytest.mark.parametrize(("train", "test"), [("train", "t10k"), ("emnist-balanced-train", "emnist-balanced-test")])
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_the_names_of_the_mnist_family(tmp_path, train, test, suffix):
     expected = write_set(tmp_path, train, suffix), write_set(tmp_path, test, suffix, count=3)

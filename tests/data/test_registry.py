@@ -16,9 +16,7 @@ def test_a_folder_by_name(tmp_path):
 
 
 def test_a_new_dataset_is_one_line(monkeypatch):
-    monkeypatch.setitem(
-        DATASETS, "mine", lambda split, power=1: load_dataset("spiral", split, size=10**power)
-    )
+    monkeypatch.setitem(DATASETS, "mine", lambda split, power=1: load_dataset("spiral", split, size=10**power))
     assert len(load_dataset("mine", power=2)) == 100
 
 

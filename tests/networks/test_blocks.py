@@ -77,9 +77,7 @@ def test_group_norm_rule_examples(channels, groups):
 
 @pytest.mark.parametrize("groups", [0, 5])
 def test_group_norm_refuses_groups_that_do_not_divide(groups):
-    with pytest.raises(
-        ValueError, match=f"groups must be a divisor of the number of channels, 16; got {groups}"
-    ):
+    with pytest.raises(ValueError, match=f"groups must be a divisor of the number of channels, 16; got {groups}"):
         GroupNorm(16, groups)
 
 

@@ -99,9 +99,7 @@ def test_bad_arguments_are_named(options, message):
 def test_bad_inputs_are_named():
     network = MLP((2,))
     x, t = inputs()
-    with pytest.raises(
-        ValueError, match=r"x must be \(B, \*data_shape\) with data_shape \(2,\); got \(5, 1\)"
-    ):
+    with pytest.raises(ValueError, match=r"x must be \(B, \*data_shape\) with data_shape \(2,\); got \(5, 1\)"):
         network(x[:, :1], t)
     with pytest.raises(ValueError, match=r"t must be \(5,\), one time for each x; got \(\)"):
         network(x, t[0])

@@ -207,9 +207,7 @@ def test_reverse_and_forward_derivatives_agree_with_differences():
     torch.testing.assert_close((u * pushed).sum(), (pullback(u)[0] * v).sum(), rtol=1e-9, atol=0)
     # A central difference errs by h^2 times a third derivative and by 2^-53 / h.
     h = 1e-5
-    torch.testing.assert_close(
-        pushed, (function(x + h * v) - function(x - h * v)) / (2 * h), rtol=1e-5, atol=1e-7
-    )
+    torch.testing.assert_close(pushed, (function(x + h * v) - function(x - h * v)) / (2 * h), rtol=1e-5, atol=1e-7)
 
 
 def test_weights_load_into_a_network_built_without_memory():

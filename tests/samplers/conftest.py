@@ -1,4 +1,4 @@
-"""What the tests of the samplers share: targets with known moments, and models that watch how they are called."""
+"""What the tests of the samplers share: targets with known moments, and models that watch their calls."""
 
 import math
 from types import SimpleNamespace
@@ -22,9 +22,7 @@ def two_modes():
         means, weights = torch.stack([centre, -centre * 2 / 3]), torch.tensor([0.4, 0.6], dtype=torch.float64)
         spread = torch.diag(torch.tensor([0.2, 0.12, 0.16, 0.24], dtype=torch.float64)[:size]) + 0.06
         covariances = torch.stack([spread, 0.7 * spread])
-        distribution = sd.GaussianMixture(
-            means.reshape(2, *shape).to(dtype), covariances.to(dtype), weights.to(dtype)
-        )
+        distribution = sd.GaussianMixture(means.reshape(2, *shape).to(dtype), covariances.to(dtype), weights.to(dtype))
         within = torch.einsum("k,kij->ij", weights, covariances)
         between = torch.einsum("k,ki,kj->ij", weights, means, means)
         return SimpleNamespace(distribution=distribution, covariance=within + between)
@@ -48,7 +46,7 @@ def moments():
 
 @pytest.fixture(scope="session")
 def deviations(moments):
-    """deviations(samples, covariance): how far the moments are from those of (0, covariance), in standard errors."""
+    """deviations(samples, covariance): of the moments from mean 0 and that covariance, in standard errors."""
 
     def score(samples, covariance):
         row, column = torch.triu_indices(*covariance.shape)
@@ -61,7 +59,7 @@ def deviations(moments):
 
 @pytest.fixture(scope="session")
 def pointwise():
-    """pointwise(sde, variance): N(0, variance I) by elementwise arithmetic, so that rows do not affect one another."""
+    """pointwise(sde, variance): N(0, variance I), elementwise, so that no row affects another's rounding."""
 
     class Pointwise(sd.Model):
         def __init__(self, sde, variance=0.5):
@@ -81,7 +79,13 @@ def counting():
 
     class Counting(sd.Model):
         def __init__(self, model):
-            self.model, self.sde, self.data_shape, self.calls, self.rows = model, model.sde, model.data_shape, 0, 0
+            self.model, self.sde, self.data_shape, self.calls, self.rows = (
+                model,
+                model.sde,
+                model.data_shape,
+                0,
+                0,
+            )
 
         def predict(self, x, t, **cond):
             self.calls += 1

@@ -53,7 +53,7 @@ def test_seeds_stay_the_same_after_drawing():
 
 @pytest.mark.parametrize("power", [1, 2, 3, 4])
 def test_numbers_across_streams_have_the_moments_of_a_standard_normal(first_numbers, power):
-    # E z^p = (p − 1)!! for even p, 0 for odd; four columns, so 4 standard errors are passed by chance in 2.5e-4.
+    # E z^p = (p − 1)!! for even p, 0 for odd; of four columns one passes 4 standard errors in 2.5e-4.
     exact = {1: 0, 2: 1, 3: 0, 4: 3}
     square = {1: 1, 2: 3, 3: 15, 4: 105}
     error = math.sqrt((square[power] - exact[power] ** 2) / MANY)

@@ -64,7 +64,10 @@ def test_a_directory_and_one_file_give_the_same_model(kind, finished):
     workdir = finished(config, dataset)
     file = newest_checkpoint(workdir) / "model.safetensors"
     models = [load(workdir), load(str(workdir)), load(file), load(workdir, device="cpu")]
-    x, t = torch.randn(5, *models[0].data_shape, generator=torch.Generator().manual_seed(0)), torch.full((5,), 0.3)
+    x, t = (
+        torch.randn(5, *models[0].data_shape, generator=torch.Generator().manual_seed(0)),
+        torch.full((5,), 0.3),
+    )
     for model in models:
         assert not model.training
         for tensor in model.parameters():
@@ -168,9 +171,18 @@ def test_damage_is_named_and_nothing_is_lost(tiny, workdir, name, damage):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: {**t, "network.input.weight": torch.zeros(16, 3)}, r"network\.input\.weight: .*\(16, 3\).*\(16, 10\)"),
-        (lambda t: {k: v for k, v in t.items() if k != "network.input.bias"}, r"network\.input\.bias: .*nothing.*\(16,\)"),
-        (lambda t: {**t, "network.more": torch.zeros(1)}, r"network\.more: the file has \(1,\), the network nothing"),
+        (
+            lambda t: {**t, "network.input.weight": torch.zeros(16, 3)},
+            r"network\.input\.weight: .*\(16, 3\).*\(16, 10\)",
+        ),
+        (
+            lambda t: {k: v for k, v in t.items() if k != "network.input.bias"},
+            r"network\.input\.bias: .*nothing.*\(16,\)",
+        ),
+        (
+            lambda t: {**t, "network.more": torch.zeros(1)},
+            r"network\.more: the file has \(1,\), the network nothing",
+        ),
     ],
     ids=["shape", "missing", "left over"],
 )
@@ -188,8 +200,14 @@ def test_the_first_tensor_that_does_not_fit_is_named(tiny, workdir, change, mess
     ("change", "message"),
     [
         (lambda t: {**t, "99.exp_avg": torch.zeros(1)}, r"tensor 99\.exp_avg belongs to no parameter"),
-        (lambda t: {**t, "0.exp_avg": torch.zeros(3)}, r"tensor 0\.exp_avg: the file has \(3,\), the network \(16, 10\)"),
-        (lambda t: {"network.input.weight": torch.zeros(16, 10)}, r"tensor network\.input\.weight belongs to no"),
+        (
+            lambda t: {**t, "0.exp_avg": torch.zeros(3)},
+            r"tensor 0\.exp_avg: the file has \(3,\), the network \(16, 10\)",
+        ),
+        (
+            lambda t: {"network.input.weight": torch.zeros(16, 10)},
+            r"tensor network\.input\.weight belongs to no",
+        ),
     ],
     ids=["index", "shape", "another file"],
 )

@@ -115,11 +115,17 @@ def test_unknown_and_missing_fields_are_named(config, message):
         ({"network": {"name": "resnet"}}, r"network\.name = 'resnet': must be one of mlp, unet"),
         ({"data": {"name": "mnist"}}, r"data\.name = 'mnist': must be one of fashion_mnist"),
         ({"sde": {"name": "VP"}}, r"sde\.name = 'VP': must be one of vp"),
-        ({"loss": {"time": {"name": "normal"}}}, r"loss\.time\.name = 'normal': must be one of uniform, log_normal"),
+        (
+            {"loss": {"time": {"name": "normal"}}},
+            r"loss\.time\.name = 'normal': must be one of uniform, log_normal",
+        ),
         ({"loss": {"weighting": "snr"}}, r"loss\.weighting = 'snr': must be one of simple, edm"),
         ({"model": {"prediction": "noise"}}, r"model\.prediction = 'noise': must be one of eps, x0"),
         ({"optim": {"schedule": "linear"}}, r"optim\.schedule = 'linear': must be one of cosine, constant"),
-        ({"train": {"precision": "float16"}}, r"train\.precision = 'float16': must be one of float32, bfloat16"),
+        (
+            {"train": {"precision": "float16"}},
+            r"train\.precision = 'float16': must be one of float32, bfloat16",
+        ),
     ],
 )
 def test_wrong_types_and_choices_are_named(config, message):
@@ -168,8 +174,14 @@ def test_whole_floats_count_as_integers_and_integers_as_floats():
     ("text", "message"),
     [
         ("", "get_config"),
-        ("def get_config():\n    config = default_config()\n    config.optm.lr = 1.0\n    return config", "optm"),
-        ("def get_config():\n    config = default_config()\n    config.optim.learning_rate = 1.0", "learning_rate"),
+        (
+            "def get_config():\n    config = default_config()\n    config.optm.lr = 1.0\n    return config",
+            "optm",
+        ),
+        (
+            "def get_config():\n    config = default_config()\n    config.optim.learning_rate = 1.0",
+            "learning_rate",
+        ),
         ("def get_config():\n    config = default_config()\n    config.optim.lr = 'fast'", "lr"),
         ("def get_config():\n    default_config()", "must return a ConfigDict; got None"),
     ],

@@ -86,9 +86,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(kind, tmp_path, worker
 
 
 @pytest.mark.parametrize(("log_every", "checkpoint_every"), [(3, 4), (4, 3), (5, 2), (7, 8)])
-def test_metrics_are_the_same_where_lines_and_checkpoints_fall_apart(
-    tiny, tmp_path, log_every, checkpoint_every
-):
+def test_metrics_are_the_same_where_lines_and_checkpoints_fall_apart(tiny, tmp_path, log_every, checkpoint_every):
     options = {"log_every": log_every, "checkpoint_every": checkpoint_every, "steps": 12}
     whole, parts = (tiny(workdir=str(tmp_path / name), train=options) for name in ("whole", "parts"))
     train(whole)
@@ -170,6 +168,18 @@ def test_a_run_does_not_go_on_under_another_config(tiny, tmp_path, section, chan
     train(config)
 
 
+def test_a_run_begun_before_an_option_existed_had_its_default(tiny, tmp_path):
+    config = tiny(workdir=str(tmp_path))
+    interrupt(config, 3)
+    path = tmp_path / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["network"]["activation"], stored["optim"]["weight_decay"]
+    path.write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match=r"optim\.weight_decay = 0\.1: the run in .* has 0\.0"):
+        train(tiny(workdir=str(tmp_path), optim={"weight_decay": 0.1}))
+    assert train(config).step == 8
+
+
 def test_what_changes_no_step_may_change(tiny, tmp_path):
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     train(tiny(workdir=str(whole)))
@@ -216,7 +226,7 @@ def test_the_loss_goes_down(tiny, sde, weighting, time, prediction):
         sde={"name": sde},
         model={"prediction": prediction},
         loss={"weighting": weighting, "time": {"name": time}},
-        train={"steps": 150, "batch_size": 32, "log_every": 150},
+        train={"steps": 80, "batch_size": 32, "log_every": 80},
     )
     trained = train(config).raw_model
     fresh = train({**config, "train": {"steps": 0}}).raw_model
@@ -316,8 +326,7 @@ def test_gradients_are_clipped_after_their_norm_is_taken(tiny, tmp_path, grad_cl
 
 def test_weight_decay_shrinks_the_weights(tiny):
     plain, decayed = (
-        train(tiny(optim={"lr": 0.01, "weight_decay": decay, "warmup": 0}, train={"steps": 1}))
-        for decay in (0.0, 0.5)
+        train(tiny(optim={"lr": 0.01, "weight_decay": decay, "warmup": 0}, train={"steps": 1})) for decay in (0.0, 0.5)
     )
     start = weights(train(tiny(train={"steps": 0})).raw_model)
     for name, tensor in plain.raw_model.state_dict().items():
@@ -492,12 +501,20 @@ def test_labels_reach_the_network_with_their_data(tiny, recorder):
 
 
 def test_a_network_with_classes_learns_and_draws_them(tiny, images, tmp_path):
-    network = {"name": "unet", "base_channels": 4, "channel_multipliers": [1], "blocks_per_level": 1, "classes": 3}
+    network = {
+        "name": "unet",
+        "base_channels": 4,
+        "channel_multipliers": [1],
+        "blocks_per_level": 1,
+        "classes": 3,
+    }
     config = tiny(workdir=str(tmp_path), network=network, train={"sample_every": 8, "sample_count": 4})
     result = train(config, dataset=images)
     # The table of labels is used: its three rows have moved, the row for no label has not.
     start = train({**config, "workdir": "", "train": {**config["train"], "steps": 0}}, dataset=images)
-    moved = result.raw_model.network.label_embedding.table.weight != start.raw_model.network.label_embedding.table.weight
+    moved = (
+        result.raw_model.network.label_embedding.table.weight != start.raw_model.network.label_embedding.table.weight
+    )
     assert moved.any(1).tolist() == [True, True, True, False]
     assert (tmp_path / "samples/00000008.png").exists()
 
@@ -612,9 +629,7 @@ def test_callbacks_follow_every_line(tiny, tmp_path):
     assert len({result.metrics["loss"] for result in seen}) == 3
     assert all(result.workdir == tmp_path for result in seen)
     assert final.metrics == seen[-1].metrics
-    assert not torch.equal(
-        seen[0].raw_model.network.input.weight, seen[1].raw_model.network.input.weight
-    )
+    assert not torch.equal(seen[0].raw_model.network.input.weight, seen[1].raw_model.network.input.weight)
     # The checkpoint of a step is there when its callbacks are called.
     interrupt(tiny(workdir=str(tmp_path / "other")), 6)
     assert newest_checkpoint(tmp_path / "other").name == "00000006"

@@ -1,0 +1,51 @@
+"""What a GPU user compiles is one graph, gives the eager result, and is not compiled again for another time."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import sde_diffusion as sd
+from sde_diffusion.losses import denoising_loss
+from sde_diffusion.model import PREDICTIONS
+from sde_diffusion.networks import UNet
+
+
+@pytest.fixture
+def model(request):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    network = UNet((1, 4, 4), base_channels=4, channel_multipliers=(1, 2), attention_resolutions=(2,))
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return sd.DiffusionModel(network, sd.VPSDE(), request.param, data_shape=(1, 4, 4))
+
+
+@pytest.mark.parametrize("model", PREDICTIONS, indirect=True)
+def test_predict_is_one_graph_and_equal_to_eager(model):
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model.predict, backend=counter, fullgraph=True)
+    x = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for t in (torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0.2, 0.3, 0.4])):
+        for got, expected in zip(compiled(x, t), model.predict(x, t), strict=True):
+            torch.testing.assert_close(got, expected)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("model", ["edm"], indirect=True)
+@pytest.mark.parametrize("weighting", ["simple", "edm"])
+def test_loss_is_one_graph_and_equal_to_eager(model, weighting):
+    def loss(x0, t, noise):
+        return denoising_loss(model, x0, t, noise, weighting).mean()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 3, 1, 4, 4, generator=generator)
+    t = torch.rand(3, generator=generator)
+    value = compiled(x0, t, noise)
+    value.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    expected = loss(x0, t, noise)
+    expected.backward()
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradients, [p.grad for p in model.parameters()])
