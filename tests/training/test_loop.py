@@ -409,21 +409,30 @@ def test_every_example_is_seen_once_an_epoch_in_a_new_order(tiny, recorder):
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
+def assert_uncorrelated(*columns):
+    """No two of the columns (n,) correlate by more than five standard errors, 1/sqrt(n)."""
+    correlation = torch.corrcoef(torch.stack(columns)) - torch.eye(len(columns))
+    assert correlation.abs().max() < 5 / math.sqrt(len(columns[0]))
+
+
 def test_noise_and_dequantisation_have_their_distributions(tiny, recorder):
     count = 4000
-    data = ArrayDataset(torch.full((1, 1), 3, dtype=torch.uint8), data=DataInfo(low=0.0, high=4.0, bits=2))
+    data = ArrayDataset(torch.full((1, 2), 3, dtype=torch.uint8), data=DataInfo(low=0.0, high=4.0, bits=2))
     clean, noisy = recorder(), recorder()
     config = tiny(model={"prediction": "x0"}, loss=NEARLY_CLEAN, train={"steps": 1, "batch_size": count})
     train(config, network=clean, dataset=data)
-    x = clean.calls[0][0]
-    # Uniform on [3, 4), blurred by about 0.0025: mean and variance within five standard errors of the mean.
-    assert abs(float(x.mean()) - 3.5) < 5 * math.sqrt(1 / 12 / count)
-    assert abs(float(x.var()) - 1 / 12) < 5 * math.sqrt(1 / 180 / count)
-    config["loss"] = {"weighting": "simple", "time": {"name": "log_normal", "mean": 6.0, "std": 0.01}}
+    x, t, _ = clean.calls[0]
+    # Uniform on [3, 4), blurred by about 0.0025: mean and variance within five standard errors.
+    assert abs(float(x.mean()) - 3.5) < 5 * math.sqrt(1 / 12 / x.numel())
+    assert abs(float(x.var()) - 1 / 12) < 5 * math.sqrt(1 / 180 / x.numel())
+    assert_uncorrelated(*x.T, t)
+    config["loss"] = {"weighting": "simple", "time": {"name": "log_normal", "mean": 4.0, "std": 0.1}}
     train(config, network=noisy, dataset=data)
-    x = noisy.calls[0][0]
-    assert abs(float(x.mean())) < 5 / math.sqrt(count) + 0.01
-    assert abs(float(x.var()) - 1) < 5 * math.sqrt(2 / count)
+    noise, t, _ = noisy.calls[0]
+    # What is left of the data, 3.5 e^-4 or so, adds to the mean.
+    assert abs(float(noise.mean())) < 5 / math.sqrt(noise.numel()) + 3.5 * 1.5 * math.exp(-4)
+    assert abs(float(noise.var()) - 1) < 5 * math.sqrt(2 / noise.numel())
+    assert_uncorrelated(*noise.T, *x.T, t)
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -431,13 +440,17 @@ def test_half_of_the_images_are_flipped_if_asked(tiny, recorder, flip):
     network = recorder()
     image = torch.zeros(1, 1, 2, 4)
     image[..., 0] = 10
-    config = tiny(flip=flip, model={"prediction": "x0"}, loss=NEARLY_CLEAN, train={"steps": 4, "batch_size": 100})
+    config = tiny(flip=flip, model={"prediction": "x0"}, loss=NEARLY_CLEAN, train={"steps": 4, "batch_size": 1000})
     train(config, network=network, dataset=image)
-    x = torch.cat([x for x, _, _ in network.calls])
+    x, t = (torch.cat(column) for column in zip(*((x, t) for x, t, _ in network.calls), strict=True))
     plain, mirrored = ((x - candidate).abs().amax((1, 2, 3)) < 1 for candidate in (image, image.flip(-1)))
     assert (plain ^ mirrored).all()
-    # Binomial with variance 100: five standard deviations.
-    assert abs(int(mirrored.sum()) - 200) < 50 if flip else not mirrored.any()
+    if flip:
+        # Binomial: five standard deviations.
+        assert abs(int(mirrored.sum()) - 2000) < 5 * math.sqrt(4000 / 4)
+        assert_uncorrelated(mirrored.float(), t)
+    else:
+        assert not mirrored.any()
 
 
 # Networks and data of one's own
