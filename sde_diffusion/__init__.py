@@ -7,7 +7,7 @@ from sde_diffusion.likelihood import BitsPerDim, LogLikelihood, bits_per_dim, lo
 from sde_diffusion.model import DiffusionModel, Model, Prediction
 from sde_diffusion.ode import SolverError
 from sde_diffusion.samplers import Samples, sample, solvers
-from sde_diffusion.sde import SDE, EDMSDE, SubVPSDE, VESDE, VPSDE
+from sde_diffusion.sde import EDMSDE, SDE, VESDE, VPSDE, SubVPSDE
 from sde_diffusion.training import (
     CheckpointError,
     ConfigError,
@@ -17,7 +17,6 @@ from sde_diffusion.training import (
     load,
     load_config_file,
     pretrained,
-    save_model,
     train,
 )
 
@@ -52,7 +51,6 @@ __all__ = [
     "log_likelihood",
     "pretrained",
     "sample",
-    "save_model",
     "solvers",
     "train",
 ]

@@ -154,6 +154,8 @@ class DiffusionModel(nn.Module, Model):
     def _run(self, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
         parameter = next(self.parameters(), x)
         output = self.network(x.to(parameter.dtype), t.to(parameter.dtype).expand(len(x)), **cond)
+        if output.shape != x.shape:
+            raise ValueError(f"network returned shape {tuple(output.shape)}: must be that of x, {tuple(x.shape)}")
         return output.to(x.dtype)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -50,6 +51,11 @@ def image_grid(images: torch.Tensor, columns: int | None = None, zoom: int = 1) 
     return grid
 
 
+def has_picture(data_shape: Sequence[int]) -> bool:
+    """Whether ``save_picture`` can draw data of this shape: images (C, H, W), or points in the plane (2,)."""
+    return tuple(data_shape) == (2,) or (len(data_shape) == 3 and data_shape[0] in IMAGE_MODES)
+
+
 def save_picture(x: torch.Tensor, data: DataInfo, path: str | os.PathLike[str]) -> None:
     """Write model-space samples as a picture file, making its folder if need be.
 
@@ -62,16 +68,14 @@ def save_picture(x: torch.Tensor, data: DataInfo, path: str | os.PathLike[str]) 
     Raises:
         ValueError: for any other shape.
     """
-    are_images = x.ndim == 4 and x.shape[1] in IMAGE_MODES
-    are_points = x.ndim == 2 and x.shape[1] == 2
-    if not (are_images or are_points) or x.numel() == 0:
+    if not has_picture(x.shape[1:]) or x.numel() == 0:
         raise ValueError(
             f"x must be images (N, C, H, W) with C one of {', '.join(map(str, IMAGE_MODES))}, "
             f"or points (N, 2), not empty; got shape {tuple(x.shape)}"
         )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if are_points:
+    if x.ndim == 2:
         _save_scatter_plot(x, path)
         return
     zoom = 3 if max(x.shape[2:]) <= _SMALL_IMAGE else 1

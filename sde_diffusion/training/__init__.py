@@ -1,6 +1,6 @@
 """How a network learns: config in, checkpoint out, resumable."""
 
-from sde_diffusion.training.checkpoint import CheckpointError, load, pretrained, save_model
+from sde_diffusion.training.checkpoint import CheckpointError, load, pretrained
 from sde_diffusion.training.config import ConfigError, default_config, load_config_file, named, resolve_config
 from sde_diffusion.training.loop import TrainingError, TrainResult, train
 
@@ -15,6 +15,5 @@ __all__ = [
     "named",
     "pretrained",
     "resolve_config",
-    "save_model",
     "train",
 ]

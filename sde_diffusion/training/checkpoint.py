@@ -8,7 +8,7 @@
         model.safetensors               averaged (EMA) weights, the ones to use
         raw.safetensors                 the weights being trained
         optimizer.safetensors           AdamW's moments
-        state.json                      the step
+        state.json                      the step, and the number of examples in the data set
 
 The header of every model file holds what is needed to rebuild the model, so that one file is enough to share.
 """
@@ -50,12 +50,6 @@ def build_model(config: Mapping[str, Any], data_shape: tuple[int, ...], data: Da
     return DiffusionModel(network, sde, data_shape=data_shape, data=data, **config["model"])
 
 
-def save_model(model: DiffusionModel, path: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
-    """Write one .safetensors that ``load`` can read: weights, and in the header config, data shape and range."""
-    description = {"config": config, "data_shape": model.data_shape, "data": asdict(model.data)}
-    _save_tensors(model.state_dict(), Path(path), {_HEADER: json.dumps(description)})
-
-
 def load(
     path: str | os.PathLike[str],
     *,
@@ -81,7 +75,9 @@ def load(
     if network is None and config["network"]["name"] == "custom":
         raise CheckpointError(f"{path}: was trained with a network of the user's own; pass it as network=")
     try:
-        model = build_model(config, tuple(description["data_shape"]), DataInfo(**description["data"]), network)
+        # Its first weights are overwritten, so that drawing them is no reason to disturb the user's random numbers.
+        with torch.random.fork_rng():
+            model = build_model(config, tuple(description["data_shape"]), DataInfo(**description["data"]), network)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its header describes no model of this library: {error}") from error
     fill(model, tensors, path)
@@ -130,22 +126,22 @@ def newest_checkpoint(workdir: Path) -> Path | None:
 
 def save_checkpoint(
     workdir: Path,
-    step: int,
+    state: Mapping[str, int],
     config: Mapping[str, Any],
     raw: DiffusionModel,
     average: DiffusionModel,
     optimizer: torch.optim.Optimizer,
     keep: int,
 ) -> Path:
-    """Write everything needed to go on from this step, then delete all but the ``keep`` newest."""
-    final = workdir / "checkpoints" / f"{step:08d}"
-    partial = final.with_name(f"partial-{step:08d}")
+    """Write everything needed to go on from state["step"], then delete all but the ``keep`` newest."""
+    final = workdir / "checkpoints" / f"{state['step']:08d}"
+    partial = final.with_name(f"partial-{final.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_model(raw, partial / "raw.safetensors", config)
-    save_model(average, partial / "model.safetensors", config)
+    _save_model(raw, partial / "raw.safetensors", config)
+    _save_model(average, partial / "model.safetensors", config)
     _save_tensors(dict(_optimizer_tensors(optimizer)), partial / "optimizer.safetensors", {})
-    write_json(partial / "state.json", {"step": step})
+    write_json(partial / "state.json", state)
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
@@ -155,15 +151,17 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(path: Path, raw: DiffusionModel, average: DiffusionModel, optimizer: torch.optim.Optimizer) -> int:
-    """Restore what ``save_checkpoint`` wrote; returns the step.
+def load_checkpoint(
+    path: Path, raw: DiffusionModel, average: DiffusionModel, optimizer: torch.optim.Optimizer
+) -> dict[str, int]:
+    """Restore what ``save_checkpoint`` wrote; returns its state.
 
     Raises:
         CheckpointError: naming the damaged file or the tensor that does not fit.
     """
     for model, name in ((raw, "raw.safetensors"), (average, "model.safetensors")):
         fill(model, _load_tensors(path / name)[0], path / name)
-    state: dict[int, dict[str, Tensor]] = {}
+    moments: dict[int, dict[str, Tensor]] = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, tensor in _load_tensors(path / "optimizer.safetensors")[0].items():
         index, _, kind = name.partition(".")
@@ -178,9 +176,12 @@ def load_checkpoint(path: Path, raw: DiffusionModel, average: DiffusionModel, op
         if tensor.ndim:
             # In the parameter's own memory format: a fused step walks both in storage order.
             tensor = torch.empty_like(parameter).copy_(tensor)
-        state.setdefault(int(index), {})[kind] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(read_json(path / "state.json")["step"])
+        moments.setdefault(int(index), {})[kind] = tensor
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    state = read_json(path / "state.json")
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), int) for name in ("step", "examples")):
+        raise CheckpointError(f"{path / 'state.json'}: must hold the numbers step and examples")
+    return state
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -219,13 +220,19 @@ def _description(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _checkpoints(workdir: Path) -> list[Path]:
-    return sorted(path for path in (workdir / "checkpoints").glob("[0-9]*") if path.is_dir())
+    found = (path for path in (workdir / "checkpoints").glob("[0-9]*") if path.is_dir())
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     for index, moments in optimizer.state_dict()["state"].items():
         for kind, tensor in moments.items():
             yield f"{index}.{kind}", tensor
+
+
+def _save_model(model: DiffusionModel, path: Path, config: Mapping[str, Any]) -> None:
+    description = {"config": config, "data_shape": model.data_shape, "data": asdict(model.data)}
+    _save_tensors(model.state_dict(), path, {_HEADER: json.dumps(description)})
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str]) -> None:

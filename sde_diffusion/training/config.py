@@ -53,7 +53,7 @@ def default_config() -> ConfigDict:
                 "eps": 1e-8,
                 "weight_decay": 0.0,
                 "warmup": 1000,  # steps of linear rise
-                "schedule": "cosine",  # to 0 at the last step; or "constant"
+                "schedule": "cosine",  # falls to 0 after the last step; or "constant"
                 "grad_clip": 1.0,  # largest norm of the gradient; 0 does not clip
             },
             "ema": {"decay": 0.9999},
@@ -66,7 +66,7 @@ def default_config() -> ConfigDict:
                 "log_every": 100,  # steps between lines of metrics
                 "checkpoint_every": 2000,
                 "keep_checkpoints": 2,
-                "sample_every": 10_000,  # steps between sample pictures; 0 draws none
+                "sample_every": 10_000,  # steps between pictures of samples (of images or points in the plane); 0 draws none
                 "sample_count": 64,
             },
             "workdir": "",  # nothing is written without one
@@ -79,7 +79,8 @@ def named(name: str, **options: Any) -> ConfigDict:
     return ConfigDict({"name": name, **options})
 
 
-# Fields that may differ when a run is taken up again: they change neither the data nor a step.
+# Fields that may differ when a run is taken up again: they change neither the data nor a step, but that another kind
+# of device draws other random numbers.
 RESUMABLE = frozenset(
     {
         "workdir",
@@ -205,7 +206,7 @@ def _section(field: str, section: Any) -> dict[str, Any]:
     for option in section:
         if option != "name" and option not in options:
             raise ConfigError(f"{field}.{option}: {section['name']} takes {', '.join(options) or 'no options'}")
-    options.update(section)
+    options.update({name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in section.items()})
     for option, value in options.items():
         if value is inspect.Parameter.empty:
             raise ConfigError(f"{field}.{option}: {section['name']} needs a value for it")
@@ -213,6 +214,8 @@ def _section(field: str, section: Any) -> dict[str, Any]:
 
 
 def _cast(field: str, value: Any, kind: type) -> Any:
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if kind is float and is_number:
         return float(value)

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 from tqdm import tqdm
 
 from sde_diffusion.data import as_dataset, load_dataset
-from sde_diffusion.data.pictures import save_picture
+from sde_diffusion.data.pictures import has_picture, save_picture
 from sde_diffusion.losses import TIMES, denoising_loss
 from sde_diffusion.model import DiffusionModel
 from sde_diffusion.samplers import sample
@@ -88,9 +88,11 @@ def train(
     device = _device(config.train.device)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        if network is None and dataset.classes and config.network.get("classes"):
-            _check_classes(config.network.classes, dataset.classes)
-        raw = build_model(description, dataset.data_shape, dataset.data, network).to(device)
+        try:
+            raw = build_model(description, dataset.data_shape, dataset.data, network).to(device)
+        except TypeError as error:
+            raise ConfigError(f"network, sde or model: an option is of the wrong type: {error}") from error
+        _check_fit(config, raw, dataset)
         run = _Run(config, description, dataset, raw, device)
         return run.finish(callbacks)
 
@@ -127,10 +129,11 @@ class _Run:
     def finish(self, callbacks: Sequence[Callable[[TrainResult], None]]) -> TrainResult:
         """Take all the steps that remain."""
         options = self.config.train
-        result = TrainResult(self.averaged, self.raw, self.step, self.workdir)
         log = _Log(self.workdir, self.step)
+        result = TrainResult(self.averaged, self.raw, self.step, self.workdir, log.last)
         total, since, started = torch.zeros((), device=self.device), self.step, time.perf_counter()
         self.raw.train()
+        is_drawn = options.sample_every and has_picture(self.dataset.data_shape)
         bar = tqdm(total=options.steps, initial=self.step, desc="train", unit="step", disable=None)
         with log, bar:
             for values, label in self._batches():
@@ -157,7 +160,7 @@ class _Run:
                     self._save()
                     # A run resumed from here knows no losses from before: neither does this one's next mean.
                     total, since, started = torch.zeros_like(total), self.step, time.perf_counter()
-                if self.workdir and options.sample_every and self.step % options.sample_every == 0:
+                if self.workdir and is_drawn and self.step % options.sample_every == 0:
                     self._draw_samples(self.workdir / "samples" / f"{self.step:08d}.png")
                 if result.step == self.step:
                     for callback in callbacks:
@@ -239,13 +242,19 @@ class _Run:
             return
         stored = _completed(read_json(self.workdir / "config.json"))
         _check_same(flatten(stored), flatten(self.description), self.workdir)
-        self.step = load_checkpoint(checkpoint, self.raw, self.averaged, self.optimizer)
+        state = load_checkpoint(checkpoint, self.raw, self.averaged, self.optimizer)
+        if state["examples"] != len(self.dataset):
+            raise ConfigError(
+                f"dataset has {len(self.dataset)} examples: the run in {self.workdir} was trained on {state['examples']}"
+            )
+        self.step = state["step"]
         self.average.n_averaged.fill_(self.step)
 
     def _save(self) -> None:
         assert self.workdir is not None
+        state = {"step": self.step, "examples": len(self.dataset)}
         keep = self.config.train.keep_checkpoints
-        save_checkpoint(self.workdir, self.step, self.description, self.raw, self.averaged, self.optimizer, keep)
+        save_checkpoint(self.workdir, state, self.description, self.raw, self.averaged, self.optimizer, keep)
 
     def _draw_samples(self, path: Path) -> None:
         count, classes = self.config.train.sample_count, getattr(self.raw.network, "classes", 0)
@@ -288,6 +297,7 @@ class _Log:
 
     def __init__(self, workdir: Path | None, step: int):
         self._file = self._board = None
+        self.last: dict[str, float] = {}
         if workdir is None:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
@@ -297,6 +307,7 @@ class _Log:
         # A run that was killed may have left half a line, which has no end.
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         path.write_text("".join(kept), encoding="utf-8")
+        self.last = json.loads(kept[-1]) if kept else {}
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
@@ -350,9 +361,15 @@ def _collate(items: list[Any]) -> tuple[Tensor, Tensor | None]:
     return (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
 
 
-def _check_classes(classes: int, needed: int) -> None:
-    if classes < needed:
-        raise ConfigError(f"network.classes = {classes}: the data set has {needed} classes")
+def _check_fit(config: ConfigDict, model: DiffusionModel, dataset: Any) -> None:
+    """Refuse what config, network and data set do not agree on."""
+    if next(model.parameters(), None) is None:
+        raise ValueError("network has no parameters to train: it must be a torch module with some")
+    classes = getattr(model.network, "classes", 0)
+    if classes and classes < dataset.classes:
+        raise ConfigError(f"network.classes = {classes}: the data set has {dataset.classes} classes")
+    if config.flip and len(dataset.data_shape) != 3:
+        raise ConfigError(f"flip = True: the data have shape {dataset.data_shape}, and only images are mirrored")
 
 
 def _check_same(stored: dict[str, Any], given: dict[str, Any], workdir: Path) -> None:

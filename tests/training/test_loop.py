@@ -688,3 +688,43 @@ def test_a_network_of_ones_own_is_trained_in_place_and_its_average_is_a_copy(tin
     assert result.raw_model.network is network
     assert result.model.network is not network
     assert network.scale != 0.5
+
+
+@pytest.mark.parametrize(
+    ("network", "sections", "message"),
+    [
+        (torch.nn.Identity(), {}, "network has no parameters"),
+        (None, {"flip": True}, r"flip = True: the data have shape \(2,\)"),
+        (None, {"network": {"name": "mlp", "width": "8"}}, "network, sde or model: an option is of the wrong type"),
+    ],
+)
+def test_what_does_not_fit_together_is_named(tiny, network, sections, message):
+    with pytest.raises(ValueError, match=message):
+        train(tiny(**sections), network=network)
+
+
+def test_a_network_of_another_output_shape_is_refused(tiny):
+    class Wide(torch.nn.Linear):
+        def forward(self, x, t):
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match=r"network returned shape \(\d+, 1\)"):
+        train(tiny(), network=Wide(2, 1))
+
+
+def test_a_data_set_of_another_size_is_refused(tiny, tmp_path):
+    config = tiny(workdir=tmp_path)
+    train(config, dataset=torch.randn(50, 2))
+    with pytest.raises(ValueError, match="dataset has 40 examples: the run in .* was trained on 50"):
+        train(config, dataset=torch.randn(40, 2))
+
+
+def test_a_finished_run_returns_its_last_metrics(tiny, tmp_path):
+    config = tiny(workdir=tmp_path)
+    assert train(config).metrics == train(config).metrics != {}
+
+
+def test_data_that_cannot_be_drawn_train_without_pictures(tiny, tmp_path):
+    config = tiny(workdir=tmp_path, train={"sample_every": 1})
+    train(config, dataset=torch.randn(20, 5))
+    assert not (tmp_path / "samples").exists()
