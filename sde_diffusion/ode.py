@@ -19,9 +19,11 @@ import torchdiffeq
 from torch import Tensor
 
 ADAPTIVE_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
-# torchdiffeq's Adams methods are left out: they take every grid to be equally spaced, and the explicit one, of order 12,
-# gets worse with every step added.
-FIXED_METHODS = ("euler", "midpoint", "heun2", "heun3", "rk4")
+ONE_STEP_METHODS = ("euler", "midpoint", "heun2", "heun3", "rk4")
+ADAMS_METHODS = ("explicit_adams", "implicit_adams")
+FIXED_METHODS = ONE_STEP_METHODS + ADAMS_METHODS
+# The order that torchdiffeq takes by default, 12, is past what these methods are stable for.
+_ADAMS_ORDER = 5
 
 
 class SolverError(RuntimeError):
@@ -56,7 +58,8 @@ def integrate(
         The state at grid[-1].
 
     Raises:
-        ValueError: for an unknown method, a tolerance that is not positive, or a grid that is not strictly monotone.
+        ValueError: for an unknown method, a tolerance that is not positive, or a grid that is not strictly monotone, or
+            for an Adams method not of equal steps.
         SolverError: if the step size underflows, the state stops being finite, or ``max_steps`` is reached.
     """
     if method not in ADAPTIVE_METHODS + FIXED_METHODS:
@@ -66,6 +69,8 @@ def integrate(
     steps = [after - before for before, after in pairwise(grid)]
     if not steps or not min(steps) * max(steps) > 0:
         raise ValueError(f"grid = {list(grid)}: needs at least two points, all rising or all falling")
+    if method in ADAMS_METHODS and max(steps) - min(steps) > 1e-6 * max(abs(step) for step in steps):
+        raise ValueError(f"grid = {list(grid)}: {method} needs equal steps")
     first, last = min(grid[0], grid[-1]), max(grid[0], grid[-1])
     reached: Tensor | float = grid[0]
     calls = 0
@@ -78,7 +83,7 @@ def integrate(
         return velocity(state, s.double().clamp(first, last))
 
     points = torch.tensor(grid, dtype=torch.float64, device=state[0].device)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"max_order": _ADAMS_ORDER} if method in ADAMS_METHODS else {}
     if method in ADAPTIVE_METHODS:
         options = {
             "norm": _largest_rms,

@@ -133,6 +133,11 @@ def test_log_normal_time_of_a_quantile(any_sde):
         torch.testing.assert_close(log_noise, mean + std * quantiles, rtol=1e-12, atol=1e-12)
 
 
+def test_log_normal_time_of_float32_is_rounded_once(any_sde):
+    u = torch.rand(100, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(log_normal_time(any_sde, u), log_normal_time(any_sde, u.double()).float())
+
+
 def test_uniform_time_is_uniform(any_sde):
     n = 4096
     u = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sde_diffusion import SolverError
-from sde_diffusion.ode import ADAPTIVE_METHODS, FIXED_METHODS, integrate
+from sde_diffusion.ode import ADAPTIVE_METHODS, FIXED_METHODS, ONE_STEP_METHODS, integrate
 
 METHODS = ADAPTIVE_METHODS + FIXED_METHODS
 ORDERS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
@@ -54,7 +54,18 @@ def test_adaptive_methods_hold_the_tolerance(method, tolerance):
     assert ((x - math.exp(math.sin(2))).abs() <= math.e * bound).all()
 
 
-@pytest.mark.parametrize("method", FIXED_METHODS)
+@pytest.mark.filterwarnings("ignore:Functional iteration did not converge")
+@pytest.mark.parametrize(("method", "order"), [("explicit_adams", 4), ("implicit_adams", 5)])
+def test_adams_methods_show_their_order(method, order):
+    def error(count):
+        (x,) = integrate(oscillate, (ones(1, 1),), even(count), method=method, rtol=1e-12, atol=1e-12)
+        return abs(float(x) - math.exp(math.sin(2)))
+
+    # They start with Runge-Kutta steps, whose share of the error is still felt at h = 1/80.
+    assert math.log2(error(160) / error(320)) == pytest.approx(order, abs=0.3)
+
+
+@pytest.mark.parametrize("method", ONE_STEP_METHODS)
 def test_fixed_methods_show_their_order(method):
     def error(count):
         (x,) = integrate(oscillate, (ones(1, 1),), even(count), method=method)
@@ -202,7 +213,7 @@ def test_too_many_steps_are_an_error(method):
     ("options", "message"),
     [
         ({"method": "rk45"}, "method = 'rk45': must be one of dopri5, .*rk4"),
-        ({"method": "explicit_adams"}, "method = 'explicit_adams'"),
+        ({"method": "explicit_adams", "grid": [0.0, 1.0, 3.0]}, r"grid = \[0\.0, 1\.0, 3\.0\]: .*equal steps"),
         ({"rtol": 0.0}, r"rtol = 0\.0"),
         ({"rtol": -1e-3}, r"rtol = -0\.001"),
         ({"atol": 0.0}, r"atol = 0\.0"),

@@ -151,6 +151,14 @@ def test_log_snr_beyond_the_range_gives_the_ends(any_sde):
     beyond = torch.tensor([-math.inf, -1e3, math.inf])
     assert any_sde.t_from_log_snr(beyond).tolist() == [any_sde.T, any_sde.T, 0]
     assert VESDE().t_from_log_snr(torch.tensor(1e3)) == 0
+    # Rates for which the root of the quadratic rounds up.
+    assert VPSDE(0.482, 29.59).t_from_log_snr(torch.tensor(-1e3)) == 1
+
+
+def test_time_from_log_snr_beyond_the_range_of_float32():
+    # log-SNR from -25 to -40, where B and −log-SNR are equal but for less than a rounding.
+    sde, t = VPSDE(0.1, 80.0), torch.linspace(0.8, 1, 20, dtype=torch.float64)
+    torch.testing.assert_close(sde.t_from_log_snr(sde.log_snr(t)), t, rtol=1e-14, atol=0)
 
 
 def test_range_of_time(any_sde, dtype):
@@ -288,7 +296,16 @@ def test_drift_over_log_noise_is_the_drift_over_time(any_sde, ring, eta):
     over_u = drift_in_log_noise(any_sde, model.predict, x, u, eta)
     over_t = any_sde.reverse(model, eta).drift(x, t) * dt_du
     torch.testing.assert_close(over_u, over_t, rtol=1e-12, atol=1e-12)
-    assert drift_in_log_noise(any_sde, model.predict, x.float(), u, eta).dtype == torch.float32
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_rates_over_log_noise_are_rounded_once(any_sde, eta):
+    x, none = torch.ones(5, 3), torch.zeros(5, 3)
+    u = torch.tensor(any_sde.log_noise(any_sde.t_min) + 0.1, dtype=torch.float64)
+    for answer in ((x, none), (none, x)):
+        exact = drift_in_log_noise(any_sde, lambda x, t, pair=answer: pair, x.double(), u, eta)
+        rounded = drift_in_log_noise(any_sde, lambda x, t, pair=answer: pair, x, u, eta)
+        assert torch.equal(rounded, exact.float())
 
 
 def test_simulated_forward_sde_has_the_marginals(any_sde):
