@@ -144,7 +144,7 @@ def test_every_tensor_of_the_state_counts(method):
     assert ((images - math.exp(-2)).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ADAPTIVE_METHODS + ONE_STEP_METHODS)
 def test_observe(method):
     grid, seen = even(20), []
     tolerance = 1e-6

@@ -85,16 +85,19 @@ class CoupledStreams:
 
 def solve_coupled(model, solver, grid, streams):
     sde = model.sde
-    x = sde.sample_prior((N, 2), generator=torch.Generator().manual_seed(0))
+    x = sde.sample_prior((N, *model.data_shape), generator=torch.Generator().manual_seed(0))
     problem = Problem(sde, model.predict, grid, streams, lambda i, x: None, lambda i: model.predict)
     with torch.no_grad():
         return solver.solve(problem, x)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("name", EVERY_SOLVER)
-def test_halving_the_step_moves_no_moment_by_a_standard_error(any_sde, name, two_modes, moments, deviations, capsys):
-    target = two_modes()
+def test_halving_the_step_moves_no_moment_by_a_standard_error(
+    any_sde, name, shape, two_modes, moments, deviations, capsys
+):
+    target = two_modes(shape)
     model = target.distribution.under(any_sde)
     steps, draws = STEPS.get(name, OTHER_STEPS), DRAWS.get(name, 1)
     solver = finer = SOLVERS[name]()
@@ -107,7 +110,8 @@ def test_halving_the_step_moves_no_moment_by_a_standard_error(any_sde, name, two
     move = ((one - other) / error).abs().max()
     deviation = deviations(coarse, covariance_at(any_sde, grid[-1], target.covariance)).abs().max()
     with capsys.disabled():
-        print(f"\n{type(any_sde).__name__:10}{name:10}{steps:4} steps  deviation {deviation:.2f}  move {move:.2f}")
+        row = f"{type(any_sde).__name__:10}{name:10}{math.prod(shape)}-D {steps:4} steps"
+        print(f"\n{row}  deviation {deviation:.2f}  move {move:.2f}")
     assert move < 1
 
 
