@@ -6,8 +6,9 @@ gap between the densities at t_min and at 0, which is a property of the SDE's t_
 
 import argparse
 
-import sde_diffusion as sd
 from mixtures import ring, rotated
+
+import sde_diffusion as sd
 
 
 def main() -> None:

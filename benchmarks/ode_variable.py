@@ -4,9 +4,9 @@ End-point error (root mean square) of dopri5 from the prior to t_end, against th
 """
 
 import torch
+from mixtures import ring, rotated
 
 import sde_diffusion as sd
-from mixtures import ring, rotated
 from sde_diffusion.ode import integrate
 from sde_diffusion.sde import drift_in_log_noise
 

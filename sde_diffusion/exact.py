@@ -45,8 +45,17 @@ class Distribution(ABC):
         """Log density (B,), in nats, of α x₀ + σ ε at x (B, *data_shape)."""
 
     @abstractmethod
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draw x₀ (n, *data_shape) on the generator's device."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """Draw x₀ (n, *data_shape)."""
+        return self.draw(n, torch.Generator(self.device).manual_seed(seed))
 
     def under(self, sde: SDE) -> ExactModel:
         """This distribution noised by ``sde``, as a model."""
@@ -87,8 +96,8 @@ class ExactModel(Model):
 
     def sample(self, n: int, t: float = 0.0, seed: int = 0) -> Tensor:
         """Draw x_t (n, *data_shape)."""
-        x0 = self.distribution.sample(n, seed)
-        generator = torch.Generator(x0.device).manual_seed(seed + 1)
+        generator = torch.Generator(self.distribution.device).manual_seed(seed)
+        x0 = self.distribution.draw(n, generator)
         noise = torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
         return self.sde.perturb(x0, t, noise)
 
@@ -162,13 +171,20 @@ class GaussianMixture(Distribution):
         constant = 0.5 * rotated.shape[-1] * math.log(2 * math.pi)
         return torch.logsumexp(self._log_joint(rotated, variance), 1) - constant
 
-    def sample(self, n: int, seed: int = 0) -> Tensor:
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.means.device
+
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """Pick a component, then draw from it."""
-        generator = torch.Generator(self.means.device).manual_seed(seed)
         component = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        z = torch.randn(n, self.means.shape[1], generator=generator, device=component.device, dtype=self.means.dtype)
-        spread = torch.einsum("bij,bj->bi", self.eigenvectors[component], self.eigenvalues[component].sqrt() * z)
-        return (self.means[component] + spread).reshape(n, *self.data_shape)
+        z = torch.randn(n, self.means.shape[1], generator=generator, device=self.device, dtype=self.means.dtype)
+        x = self.means[component]
+        for k, (vectors, eigenvalues) in enumerate(zip(self.eigenvectors, self.eigenvalues, strict=True)):
+            rows = component == k
+            x[rows] += (eigenvalues.sqrt() * z[rows]) @ vectors.T
+        return x.reshape(n, *self.data_shape)
 
     def _rotate(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """x − α m_k in each component's eigenbasis, and the variances there; both (B, K, D)."""
@@ -231,10 +247,14 @@ class Empirical(Distribution):
         constant = dimension * (torch.log(sigma.double()) + 0.5 * math.log(2 * math.pi)) + math.log(len(self.points))
         return (total - constant).to(x.dtype)
 
-    def sample(self, n: int, seed: int = 0) -> Tensor:
+    @property
+    def device(self) -> torch.device:
+        """Where its points are."""
+        return self.points.device
+
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw points with replacement."""
-        generator = torch.Generator(self.points.device).manual_seed(seed)
-        index = torch.randint(len(self.points), (n,), generator=generator, device=self.points.device)
+        index = torch.randint(len(self.points), (n,), generator=generator, device=self.device)
         return self.points[index].reshape(n, *self.data_shape)
 
     def _moments(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,12 @@
 
 import math
 
+import mixtures
 import pytest
 import torch
 from hypothesis import settings
 
-from sde_diffusion import EDMSDE, SDE, VESDE, VPSDE, GaussianMixture, SubVPSDE
+from sde_diffusion import EDMSDE, SDE, VESDE, VPSDE, SubVPSDE
 
 settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("reproducible")
@@ -60,30 +61,13 @@ def times():
 @pytest.fixture(scope="session")
 def ring():
     """Eight narrow modes on a circle, 2-D, of unit variance a dimension."""
-    angle = torch.arange(8, dtype=torch.float64) * (math.pi / 4)
-    means = math.sqrt(2 * (1 - 0.1**2)) * torch.stack([angle.cos(), angle.sin()], dim=1)
-    return GaussianMixture(means, 0.1**2 * torch.eye(2, dtype=torch.float64).expand(8, 2, 2))
+    return mixtures.ring()
 
 
 @pytest.fixture(scope="session")
 def rotated():
-    """rotated(dimension): ten components of random axes, eigenvalues over a factor of 200, unit variance."""
-
-    def build(dimension, components=10):
-        generator = torch.Generator().manual_seed(dimension)
-
-        def draw(function, *shape):
-            return function(components, *shape, generator=generator, dtype=torch.float64)
-
-        means = draw(torch.randn, dimension)
-        means -= means.mean(0)
-        axes = torch.linalg.qr(draw(torch.randn, dimension, dimension)).Q
-        eigenvalues = 0.01 * 200 ** draw(torch.rand, dimension)
-        variance = means.square().mean() + eigenvalues.mean()
-        covariances = axes @ torch.diag_embed(eigenvalues / variance) @ axes.mT
-        return GaussianMixture(means / variance.sqrt(), (covariances + covariances.mT) / 2)
-
-    return build
+    """rotated(dimension): ten components of random rotation, eigenvalues over a factor of 200, unit variance."""
+    return mixtures.rotated
 
 
 @pytest.fixture(scope="session", params=[2, 16, 64], ids="{}d".format)

@@ -14,8 +14,8 @@ N = 20_000
 SHAPES = {"(B, D)": (2,), "(B, C, H, W)": (1, 2, 2)}
 
 # Steps at which halving the step moves no moment by a standard error: see the slow test. "ode" is adaptive.
-STEPS = {"em": 80, "ddim": 140, "ddpm": 190, "heun": 25, "ode": 1, "torchsde": 60}
-OTHER_STEPS = 200
+STEPS = {"em": 120, "ddim": 140, "ddpm": 250, "heun": 25, "ode": 1, "torchsde": 60}
+OTHER_STEPS = 250
 # Random numbers a dimension that one step draws, where more than one.
 DRAWS = {"torchsde": 2}
 
