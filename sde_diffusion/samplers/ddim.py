@@ -64,7 +64,6 @@ class DDIM(StepSolver):
 class DDPM(StepSolver):
     """The reverse chain: one evaluation a step."""
 
-    stochastic: ClassVar[bool] = True
     default_steps: ClassVar[int] = 1000
 
     def __init__(self, variance: str = "posterior"):

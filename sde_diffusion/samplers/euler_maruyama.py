@@ -18,7 +18,6 @@ from sde_diffusion.sde import SDE, non_negative
 class EulerMaruyama(StepSolver):
     """First order in law, one evaluation a step."""
 
-    stochastic: ClassVar[bool] = True
     default_steps: ClassVar[int] = 1000
 
     def __init__(self, eta: float = 1.0):

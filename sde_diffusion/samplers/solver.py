@@ -47,7 +47,6 @@ class Problem:
 class Solver(ABC):
     """Base of all solvers; the keyword arguments of a subclass are the user's ``solver_options``."""
 
-    stochastic: ClassVar[bool] = False
     default_steps: ClassVar[int] = 50
     default_grid: ClassVar[str] = "log_snr"
     # The solver's own variable is the log-SNR, which must then be finite at either end.

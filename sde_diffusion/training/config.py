@@ -66,7 +66,7 @@ def default_config() -> ConfigDict:
                 "log_every": 100,  # steps between lines of metrics
                 "checkpoint_every": 2000,
                 "keep_checkpoints": 2,
-                "sample_every": 10_000,  # steps between pictures of samples (of images or points in the plane); 0 draws none
+                "sample_every": 10_000,  # steps between pictures, of images or points in the plane; 0: none
                 "sample_count": 64,
             },
             "workdir": "",  # nothing is written without one

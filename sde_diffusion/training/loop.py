@@ -245,7 +245,8 @@ class _Run:
         state = load_checkpoint(checkpoint, self.raw, self.averaged, self.optimizer)
         if state["examples"] != len(self.dataset):
             raise ConfigError(
-                f"dataset has {len(self.dataset)} examples: the run in {self.workdir} was trained on {state['examples']}"
+                f"dataset has {len(self.dataset)} examples: "
+                f"the run in {self.workdir} was trained on {state['examples']}"
             )
         self.step = state["step"]
         self.average.n_averaged.fill_(self.step)

@@ -715,7 +715,7 @@ def test_a_network_of_another_output_shape_is_refused(tiny):
 def test_a_data_set_of_another_size_is_refused(tiny, tmp_path):
     config = tiny(workdir=tmp_path)
     train(config, dataset=torch.randn(50, 2))
-    with pytest.raises(ValueError, match="dataset has 40 examples: the run in .* was trained on 50"):
+    with pytest.raises(ValueError, match=r"dataset has 40 examples: the run in .* was trained on 50"):
         train(config, dataset=torch.randn(40, 2))
 
 

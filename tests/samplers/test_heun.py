@@ -1,0 +1,63 @@
+"""Heun's method: its order for every SDE, and its stability in few steps."""
+
+import math
+
+import pytest
+import torch
+
+import sde_diffusion as sd
+
+
+def solve(model, x, solver, **options):
+    end = float(model.sde.t_from_log_snr(torch.tensor(8.0, dtype=torch.float64)))
+    return sd.sample(model, len(x), solver=solver, x_start=x, t_end=end, dtype=x.dtype, **options).samples
+
+
+@pytest.fixture
+def problem(any_sde, two_modes):
+    """A mixture under every SDE, starts, and the end points of the ODE."""
+    model = two_modes(dtype=torch.float64).distribution.under(any_sde)
+    x = any_sde.prior_std * torch.randn(64, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return model, x, solve(model, x, "ode", method="dopri8", rtol=1e-10, atol=1e-10)
+
+
+def test_it_converges_at_second_order(problem):
+    model, x, exact = problem
+    errors = [float((solve(model, x, "heun", steps=n) - exact).square().mean().sqrt()) for n in (80, 160, 320)]
+    for coarse, fine in zip(errors, errors[1:], strict=False):
+        assert math.log2(coarse / fine) == pytest.approx(2, abs=0.2)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 7])
+def test_few_steps_stay_within_the_data(any_sde, steps, pointwise):
+    """In scaled variables a step is bounded, where in σ itself it blows up."""
+    model = pointwise(any_sde, variance=0.5)
+    x = any_sde.prior_std * torch.randn(256, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    samples = sd.sample(model, 256, solver="heun", steps=steps, x_start=x, dtype=torch.float64).samples
+    # |dy/du| ≤ a s |a ε̂ − s x̂₀|, and du = 12 at the most: twice the data's size bounds the step from either end.
+    assert samples.std() < 12 * x.std() / any_sde.prior_std
+
+
+def test_a_step_is_the_average_of_the_slopes_at_its_ends(any_sde, pointwise):
+    """y + ½ Δu (k₁ + k₂), y = x/n, with the slopes by differentiating a and s: ȧ x̂₀ + ṡ ε̂."""
+    model = pointwise(any_sde)
+    grid = any_sde.t_from_log_snr(torch.tensor([-2.0, 0.5], dtype=torch.float64)).tolist()
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def norm(t):
+        t = torch.tensor(t, dtype=torch.float64)
+        return torch.sqrt(any_sde.alpha(t) ** 2 + any_sde.sigma(t) ** 2)
+
+    def slope(y, t):
+        # a = cos θ and s = sin θ with tan θ = σ/α = e^u, so that dθ/du = a s.
+        angle = math.atan(math.exp(any_sde.log_noise(t)))
+        rate = math.cos(angle) * math.sin(angle)
+        x0, eps = model.predict(norm(t) * y, torch.tensor(t, dtype=torch.float64))
+        return rate * (math.cos(angle) * eps - math.sin(angle) * x0)
+
+    y, du = x / norm(grid[0]), any_sde.log_noise(grid[1]) - any_sde.log_noise(grid[0])
+    first = slope(y, grid[0])
+    expected = norm(grid[1]) * (y + 0.5 * du * (first + slope(y + du * first, grid[1])))
+    out = sd.sample(model, 4, solver="heun", grid=grid, x_start=x, dtype=torch.float64)
+    torch.testing.assert_close(out.samples, expected, rtol=1e-10, atol=1e-12)
+    assert out.nfe == 2
