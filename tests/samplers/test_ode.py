@@ -31,10 +31,9 @@ def error(flow, **options):
 
 
 @pytest.mark.parametrize("method", ADAPTIVE_METHODS)
-@pytest.mark.parametrize("tolerance", [1e-5, 1e-7])
-def test_an_adaptive_method_keeps_to_its_tolerance(method, tolerance, flow):
-    # Of second order, adaptive_heun and fehlberg2 take a thousand evaluations at 1e-7, and add up their errors.
-    assert error(flow(sd.VPSDE()), method=method, rtol=tolerance, atol=tolerance) < 1000 * tolerance
+def test_an_adaptive_method_keeps_to_its_tolerance(method, flow):
+    # Those of second order take some thousand steps, and add up the errors of them all.
+    assert error(flow(sd.VPSDE()), method=method, rtol=1e-7, atol=1e-7) < 1000 * 1e-7
 
 
 def test_the_default_takes_every_sde_to_its_data(any_sde, flow):
@@ -44,7 +43,7 @@ def test_the_default_takes_every_sde_to_its_data(any_sde, flow):
 @pytest.mark.parametrize("method", ORDERS)
 def test_a_method_of_fixed_steps_has_its_order(method, flow):
     problem = flow(sd.VPSDE())
-    errors = [error(problem, method=method, steps=n) for n in (80, 160)]
+    errors = [error(problem, method=method, steps=n) for n in (320, 640)]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(ORDERS[method], abs=0.2)
 
 
