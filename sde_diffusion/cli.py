@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from sde_diffusion.ode import SolverError
 from sde_diffusion.samplers import SOLVERS, sample
 from sde_diffusion.training import ConfigError, TrainingError, load, train
 from sde_diffusion.training.checkpoint import pretrained, read_description
-from sde_diffusion.training.config import flatten, load_config_file, resolve_config
+from sde_diffusion.training.config import NAMED, choose, choose_device, flatten, load_config_file, resolve_config
 
 Define = Callable[[flags.FlagValues], None]
 Run = Callable[[flags.FlagValues, ConfigDict | None], None]
@@ -53,7 +54,8 @@ def main(arguments: Sequence[str]) -> int:
     except (flags.Error, ValueError, SolverError, TrainingError, OSError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on from the last checkpoint")
+        is_training = command == "train"
+        return _fail("interrupted" + "; the same command goes on from the last checkpoint" * is_training)
     return 0
 
 
@@ -70,13 +72,12 @@ def _parse(command: str, arguments: Sequence[str], define: Define) -> tuple[flag
     define(values)
     paths = [a.split("=", 1) for a in _joined(arguments, "--config") if a.split("=", 1)[0] == "--config"]
     rest = [a for a in _joined(arguments, "--config") if a.split("=", 1)[0] != "--config"]
-    overrides = [a.split("=", 1)[0].removeprefix("--config.") for a in rest if a.startswith("--config.")]
     config = None
     if paths:
         config = load_config_file(paths[-1][1] if len(paths[-1]) > 1 else "")
-        _check_fields(overrides, config)
+        rest = _apply(config, rest)
         holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=[command, *rest])
-    elif overrides:
+    elif any(a.startswith("--config.") for a in rest):
         raise ConfigError("--config.field=value changes a config: give --config=FILE too")
     positional = values([command, *rest])[1:]
     if positional:
@@ -90,6 +91,29 @@ def _check_fields(names: Sequence[str], config: ConfigDict) -> None:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known
             raise ConfigError(f"--config.{name}: no such field; did you mean {', '.join(close)}?")
+
+
+def _apply(config: ConfigDict, arguments: Sequence[str]) -> list[str]:
+    """Carry out the overrides that config_flags does not: of a section's name, and of fields that hold None.
+
+    Returns:
+        The arguments that remain.
+    """
+    pairs = [(a, *a.removeprefix("--config.").partition("=")[::2]) for a in arguments if a.startswith("--config.")]
+    done = set()
+    for argument, field, value in pairs:
+        section, _, last = field.rpartition(".")
+        if last == "name" and section in NAMED:
+            choose(config, section, value)
+            done.add(argument)
+    _check_fields([field for _, field, _ in pairs], config)
+    for argument, field, value in pairs:
+        section, _, last = field.rpartition(".")
+        parent = config[section] if section else config
+        if parent[last] is None:
+            parent[last] = _value(value)
+            done.add(argument)
+    return [a for a in arguments if a not in done]
 
 
 def _joined(arguments: Sequence[str], name: str) -> list[str]:
@@ -140,6 +164,7 @@ def _train(values: flags.FlagValues, config: ConfigDict | None) -> None:
 def _define_sample(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("solver", "ode", list(SOLVERS), "how to solve", flag_values=values)
     flags.DEFINE_integer("count", 16, "number of samples", flag_values=values)
+    flags.DEFINE_string("device", "auto", "where to compute", flag_values=values)
     flags.DEFINE_integer("steps", None, "steps of the solver", flag_values=values)
     flags.DEFINE_integer("nfe", None, "evaluations of the network allowed", flag_values=values)
     flags.DEFINE_integer("batch_size", None, "samples solved together", flag_values=values)
@@ -151,6 +176,14 @@ def _define_sample(values: flags.FlagValues) -> None:
 
 def _sample(values: flags.FlagValues, config: ConfigDict | None) -> None:
     model, _ = _model(values, config)
+    classes = getattr(model.network, "classes", 0)
+    if values.label is not None and not 0 <= values.label < classes:
+        raise ConfigError(f"--label={values.label}: the model has {classes} classes, from 0")
+    options = dict(_option(text) for text in values.option)
+    allowed = inspect.signature(SOLVERS[values.solver]).parameters
+    for option in options:
+        if option not in allowed:
+            raise ConfigError(f"--option={option}: solver {values.solver!r} takes {', '.join(allowed) or 'no options'}")
     cond = None if values.label is None else {"label": torch.full((values.count,), values.label)}
     result = sample(
         model,
@@ -161,7 +194,7 @@ def _sample(values: flags.FlagValues, config: ConfigDict | None) -> None:
         cond=cond,
         batch_size=values.batch_size,
         seed=values.seed,
-        **dict(_option(text) for text in values.option),
+        **options,
     )
     save_picture(result.samples, model.data, values.output)
     print(f"solver {values.solver}, nfe {result.nfe}, {result.seconds:.1f} seconds, {values.count} samples")
@@ -171,6 +204,7 @@ def _sample(values: flags.FlagValues, config: ConfigDict | None) -> None:
 def _define_likelihood(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("split", "test", ["train", "test"], "examples to evaluate", flag_values=values)
     flags.DEFINE_integer("count", 64, "number of examples, the first of the split", flag_values=values)
+    flags.DEFINE_string("device", "auto", "where to compute", flag_values=values)
     flags.DEFINE_enum("trace", "hutchinson", list(TRACES), "how to compute the divergence", flag_values=values)
     flags.DEFINE_integer("probes", 2, "probes of Hutchinson's estimate", flag_values=values)
     flags.DEFINE_enum("probe", "rademacher", list(PROBES), "their distribution", flag_values=values)
@@ -184,6 +218,8 @@ def _likelihood(values: flags.FlagValues, config: ConfigDict | None) -> None:
     model, section = _model(values, config)
     if section["name"] == "custom":
         raise ConfigError("the run was trained on a data set of the user's own; call sde_diffusion.bits_per_dim")
+    if values.count < 1:
+        raise ConfigError(f"--count={values.count}: must be at least 1")
     dataset: Any = load_dataset(split=values.split, **section)
     count = min(values.count, len(dataset))
     items = [dataset[i] for i in range(count)]
@@ -215,18 +251,23 @@ def _model(values: flags.FlagValues, config: ConfigDict | None) -> tuple[Diffusi
     """The model asked for, or the one that ships, and the data section that it goes with."""
     workdir = values.workdir or (config.workdir if config is not None else "")
     path = Path(workdir) if workdir else pretrained("fashion_mnist")
-    data = read_description(path)["config"]["data"]
-    return load(path), data if config is None else resolve_config(config).data.to_dict()
+    data = read_description(path)["config"]["data"] if config is None else resolve_config(config).data.to_dict()
+    return load(path, device=choose_device(values.device)), data
 
 
 def _option(text: str) -> tuple[str, Any]:
     name, separator, value = text.partition("=")
     if not separator:
         raise ConfigError(f"--option={text}: must be NAME=VALUE")
+    return name, _value(value)
+
+
+def _value(text: str) -> Any:
+    """A Python literal, or else the text itself."""
     try:
-        return name, ast.literal_eval(value)
+        return ast.literal_eval(text)
     except (SyntaxError, ValueError):
-        return name, value
+        return text
 
 
 _COMMANDS: dict[str, tuple[Define, Run]] = {

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sde_diffusion.model import Model, Prediction
+from sde_diffusion.model import Model, Prediction, check_finite
 from sde_diffusion.sde import SDE, expand_to
 
 
@@ -37,8 +37,8 @@ class Distribution(ABC):
         """(E[x₀ | x], E[ε | x]), of x's shape (B, *data_shape)."""
 
     @abstractmethod
-    def denoiser_trace(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """tr J (B,)."""
+    def traces(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """tr J and D − α tr J, (B,) each: both, as the difference cancels near the data."""
 
     @abstractmethod
     def log_prob(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -69,6 +69,11 @@ class ExactModel(Model):
         """Join them."""
         self.distribution, self.sde, self.data_shape = distribution, sde, distribution.data_shape
 
+    @property
+    def device(self) -> torch.device:
+        """That of the distribution's tensors."""
+        return self.distribution.device
+
     def predict(self, x: Tensor, t: Tensor | float, **cond: Any) -> Prediction:
         """E[x₀ | x] and E[ε | x], exactly.
 
@@ -90,9 +95,8 @@ class ExactModel(Model):
         self.check_data("x", x)
         t = self.sde.as_time(t, x)
         alpha, sigma = self._scales(x, t)
-        trace = self.distribution.denoiser_trace(x, alpha, sigma)
-        dimension = math.prod(self.data_shape)
-        return self.sde.alpha_dot(t) * trace + self.sde.sigma_dot(t) * (dimension - alpha * trace) / sigma
+        of_data, of_noise = self.distribution.traces(x, alpha, sigma)
+        return self.sde.alpha_dot(t) * of_data + self.sde.sigma_dot(t) * of_noise / sigma
 
     def sample(self, n: int, t: float = 0.0, seed: int = 0) -> Tensor:
         """Draw x_t (n, *data_shape)."""
@@ -125,6 +129,7 @@ class GaussianMixture(Distribution):
             raise ValueError(
                 f"means has shape {tuple(means.shape)}, dtype {means.dtype}: need a floating (K, *data_shape), K >= 1"
             )
+        check_finite("means", means)
         components, self.data_shape = len(means), tuple(means.shape[1:])
         flat = means.flatten(1)
         dimension = flat.shape[1]
@@ -135,6 +140,7 @@ class GaussianMixture(Distribution):
             )
         if weights.shape != (components,) or not bool((weights > 0).all()):
             raise ValueError(f"weights = {weights}: need {components} positive numbers")
+        check_finite("covariances", covariances)
         # In float64: the smallest eigenvalues of a float32 covariance are otherwise lost.
         eigenvalues, eigenvectors = torch.linalg.eigh(covariances.double())
         if not torch.allclose(covariances, covariances.mT) or bool((eigenvalues < -1e-6 * eigenvalues.max()).any()):
@@ -153,8 +159,8 @@ class GaussianMixture(Distribution):
         eps = sigma.reshape(-1, 1) * self._rotate_back(whitened)
         return Prediction(x0.reshape(x.shape), eps.reshape(x.shape))
 
-    def denoiser_trace(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """α/σ² times the spread within components and that of their means about the mean."""
+    def traces(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """From the spread within components, σ² C_k S_k⁻¹, and that of their means about the mean."""
         rotated, variance = self._rotate(x, alpha, sigma)
         weight = torch.softmax(self._log_joint(rotated, variance), 1)
         eigenvalues = self.eigenvalues.to(x)
@@ -162,8 +168,9 @@ class GaussianMixture(Distribution):
         component_mean = self.means.to(x) + alpha.reshape(-1, 1, 1) * shift
         mean = torch.einsum("bk,bki->bi", weight, component_mean)
         within = (weight * (eigenvalues / variance).sum(-1)).sum(1)
-        between = (weight * (component_mean - mean[:, None]).square().sum(-1)).sum(1)
-        return alpha * (within + between / sigma.square())
+        without = (weight * (1 / variance).sum(-1)).sum(1) * sigma.square()
+        between = (weight * (component_mean - mean[:, None]).square().sum(-1)).sum(1) / sigma.square()
+        return alpha * (within + between), without - alpha.square() * between
 
     def log_prob(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """log Σ w_k N(x; α m_k, S_k)."""
@@ -221,10 +228,13 @@ class Empirical(Distribution):
             chunk: points taken at a time; memory grows with B·chunk, not with B·N.
 
         Raises:
-            ValueError: without points, or for a chunk below 1.
+            ValueError: unless points is floating, finite and has at least one, or for a chunk below 1.
         """
-        if len(points) == 0:
-            raise ValueError("points is empty: need at least one")
+        if points.ndim < 2 or len(points) == 0 or not points.is_floating_point():
+            raise ValueError(
+                f"points has shape {tuple(points.shape)}, dtype {points.dtype}: need floating (N, *data_shape), N >= 1"
+            )
+        check_finite("points", points)
         if chunk < 1:
             raise ValueError(f"chunk = {chunk}: must be at least 1")
         self.points, self.chunk, self.data_shape = points.flatten(1), chunk, tuple(points.shape[1:])
@@ -234,11 +244,12 @@ class Empirical(Distribution):
         x0 = self._moments(x, alpha, sigma)[0].to(x.dtype).reshape(x.shape)
         return Prediction(x0, (x - expand_to(alpha, x) * x0) / expand_to(sigma, x))
 
-    def denoiser_trace(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """α/σ² times the points' variance."""
+    def traces(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """From the points' variance."""
         mean, square = self._moments(x, alpha, sigma)
         variance = (square - mean.square().sum(1)).clamp(min=0).to(x.dtype)
-        return alpha * variance / sigma.square()
+        trace = alpha * variance / sigma.square()
+        return trace, self.points.shape[1] - alpha * trace
 
     def log_prob(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """log (1/N) Σ N(x; α x⁽ⁱ⁾, σ² I); not a number at σ = 0, where there is no density."""

@@ -31,8 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sde_diffusion.model import Model, evaluating, slice_cond
-from sde_diffusion.ode import integrate
+from sde_diffusion.model import Model, check_finite, evaluating, slice_cond
+from sde_diffusion.ode import ADAPTIVE_METHODS, integrate
 from sde_diffusion.samplers.noise import Streams
 from sde_diffusion.sde import drift_in_log_noise
 
@@ -114,7 +114,7 @@ def log_likelihood(
         probes: number of probes of the estimate.
         probe: their distribution, "rademacher" or "gaussian".
         t_min: time whose density is wanted; the SDE's t_min by default.
-        solver: a method of torchdiffeq.
+        solver: an adaptive method of torchdiffeq.
         rtol: relative tolerance, of x and of the log-determinant a dimension.
         atol: absolute tolerance, likewise; in nats a dimension for the latter.
         cond: keyword arguments for the model; tensors of length B are cut into batches.
@@ -126,7 +126,7 @@ def log_likelihood(
         SolverError: if the solver cannot meet the tolerance.
     """
     model.check_data("x", x)
-    _check_finite("x", x)
+    check_finite("x", x)
     options = _Options(method, trace, probes, probe, t_min, solver, rtol, atol)
     return _evaluate(model, x, lambda batch, streams: batch, options, cond, batch_size, seed)
 
@@ -210,6 +210,8 @@ class _Options:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: must be one of {', '.join(choices)}")
         if self.probes < 1:
             raise ValueError(f"probes = {self.probes}: must be at least 1")
+        if self.solver not in ADAPTIVE_METHODS:
+            raise ValueError(f"solver = {self.solver!r}: must be one of {', '.join(ADAPTIVE_METHODS)}")
 
 
 def _evaluate(
@@ -235,9 +237,10 @@ def _evaluate(
     with evaluating(model):
         for first in range(0, len(data), batch_size):
             indices = range(first, min(len(data), first + batch_size))
-            streams = Streams(seed, indices, data.device)
-            x = to_model_space(data[first : indices.stop], streams)
-            log_prob, latent, calls = _solve(model, x, streams, options, t_min, slice_cond(cond, len(data), indices))
+            streams = Streams(seed, indices, model.device)
+            x = to_model_space(data[first : indices.stop].to(model.device), streams)
+            batch_cond = slice_cond(cond, len(data), indices, model.device)
+            log_prob, latent, calls = _solve(model, x, streams, options, t_min, batch_cond)
             log_probs.append(log_prob)
             latents.append(latent)
             nfe = max(nfe, calls)
@@ -271,6 +274,7 @@ def _solve(
         method=options.solver,
         rtol=options.rtol,
         atol=options.atol,
+        to_time=sde.t_from_log_noise,
     )
     return sde.prior_log_prob(latent)[:, None] + dimension * log_determinant, latent, calls
 
@@ -309,9 +313,3 @@ def _exact_divergence(velocity: Callable[[Tensor], Tensor], x: Tensor) -> tuple[
     # One product after another: batched by vmap they do not go through a network in channels_last.
     entries = [(unit * product(unit.expand_as(x))[0]).flatten(1).sum(1) for unit in units]
     return value, torch.stack(entries, 1).sum(1, keepdim=True)
-
-
-def _check_finite(name: str, x: Tensor) -> None:
-    finite = torch.isfinite(x.flatten(1)).all(1)
-    if not bool(finite.all()):
-        raise ValueError(f"{name}[{int((~finite).nonzero()[0])}] holds NaN or infinite values")

@@ -47,6 +47,16 @@ class Model(ABC):
     def predict(self, x: Tensor, t: Tensor | float, **cond: Any) -> Prediction:
         """Estimate x₀ and ε from x at time t."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return torch.get_default_device()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that it computes in by default."""
+        return torch.get_default_dtype()
+
     def denoise(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         """x̂₀, the estimate of E[x₀ | x_t = x]."""
         return self.predict(x, t, **cond).x0
@@ -69,6 +79,13 @@ class Model(ABC):
             raise ValueError(f"{name} has shape {tuple(x.shape)}: need (B, {', '.join(map(str, self.data_shape))})")
         if not x.is_floating_point():
             raise ValueError(f"{name} has dtype {x.dtype}: need a floating dtype")
+
+
+def check_finite(name: str, x: Tensor) -> None:
+    """Raise a ValueError that names the first of the examples (B, ...) that is not finite; waits for the device."""
+    finite = torch.isfinite(x.flatten(1)).all(1)
+    if not bool(finite.all()):
+        raise ValueError(f"{name}[{int((~finite).nonzero()[0])}] holds NaN or infinite values")
 
 
 def _from_eps(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
@@ -136,6 +153,16 @@ class DiffusionModel(nn.Module, Model):
         self.data_shape, self.data = tuple(data_shape), data or DataInfo(bits=None)
         self.sigma_data = float(sigma_data)
 
+    @property
+    def device(self) -> torch.device:
+        """That of the network's parameters."""
+        return next((p.device for p in self.parameters()), torch.get_default_device())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the network's parameters."""
+        return next((p.dtype for p in self.parameters()), torch.get_default_dtype())
+
     def predict(self, x: Tensor, t: Tensor | float, **cond: Any) -> Prediction:
         """Estimate x₀ and ε; keyword arguments, such as ``label``, go to the network."""
         self.check_data("x", x)
@@ -159,8 +186,10 @@ class DiffusionModel(nn.Module, Model):
         return output.to(x.dtype)
 
 
-def slice_cond(cond: Mapping[str, Any] | None, n: int, indices: range) -> dict[str, Any]:
-    """The part of the conditioning for examples ``indices`` of n: tensors are cut, other values kept.
+def slice_cond(
+    cond: Mapping[str, Any] | None, n: int, indices: range, device: torch.device | None = None
+) -> dict[str, Any]:
+    """The part of the conditioning for examples ``indices`` of n: tensors are cut and moved, other values kept.
 
     Raises:
         ValueError: for a tensor whose length is not n.
@@ -170,19 +199,19 @@ def slice_cond(cond: Mapping[str, Any] | None, n: int, indices: range) -> dict[s
         if isinstance(value, Tensor) and value.ndim:
             if len(value) != n:
                 raise ValueError(f"cond[{name!r}] has length {len(value)}: must be {n}, one for each example")
-            value = value[indices.start : indices.stop]
+            value = value[indices.start : indices.stop].to(device)
         batch[name] = value
     return batch
 
 
 @contextmanager
 def evaluating(model: Model) -> Iterator[None]:
-    """The model in evaluation mode, without dropout, and back in its own after."""
-    was_training = isinstance(model, nn.Module) and model.training
-    if isinstance(model, nn.Module):
-        model.eval()
+    """The model in evaluation mode, without dropout, and every part of it back in its own mode after."""
+    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+    for module, _ in modes:
+        module.training = False
     try:
         yield
     finally:
-        if isinstance(model, nn.Module):
-            model.train(was_training)
+        for module, was_training in modes:
+            module.training = was_training

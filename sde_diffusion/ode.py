@@ -22,6 +22,9 @@ ADAPTIVE_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 ONE_STEP_METHODS = ("euler", "midpoint", "heun2", "heun3", "rk4")
 ADAMS_METHODS = ("explicit_adams", "implicit_adams")
 FIXED_METHODS = ONE_STEP_METHODS + ADAMS_METHODS
+# A flow from noise to data is flat at both ends: to an adaptive method a single step from one to the other can look
+# free of error, so the steps are kept shorter.
+_FEWEST_STEPS = 8
 # The order that torchdiffeq takes by default, 12, is past what these methods are stable for.
 _ADAMS_ORDER = 5
 
@@ -39,6 +42,7 @@ def integrate(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     max_steps: int = 10_000,
+    to_time: Callable[[float], float] = float,
     observe: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Tensor, ...]:
     """Solve from grid[0] to grid[-1].
@@ -51,6 +55,7 @@ def integrate(
         method: one of ``ADAPTIVE_METHODS`` or ``FIXED_METHODS``.
         rtol: relative tolerance of an adaptive step.
         atol: absolute tolerance of an adaptive step.
+        to_time: turns s into the time t that an error names.
         max_steps: after this many steps between two points of the grid an adaptive method gives up.
         observe: called with (i, first tensor of the state) at grid point i > 0.
 
@@ -90,14 +95,17 @@ def integrate(
             "max_num_steps": max_steps,
             "dtype": torch.float64,
             "step_t": points[-1:],
+            "max_step": (last - first) / _FEWEST_STEPS,
         }
     try:
         path = torchdiffeq.odeint(clamped, state, points, rtol=rtol, atol=atol, method=method, options=options)
     except AssertionError as error:
-        raise SolverError(f"{method} stopped at {float(reached):.6g} after {calls} evaluations: {error}") from error
+        t = to_time(float(reached))
+        raise SolverError(f"{method} stopped at t = {t:.6g} after {calls} evaluations: {error}") from error
     result = tuple(tensor[-1] for tensor in path)
     if not all(bool(torch.isfinite(tensor).all()) for tensor in result):
-        raise SolverError(f"{method} left the finite numbers before {grid[-1]:.6g}, in {calls} evaluations")
+        t = to_time(grid[-1])
+        raise SolverError(f"{method} left the finite numbers before t = {t:.6g}, in {calls} evaluations")
     if observe is not None:
         for i in range(1, len(grid)):
             observe(i, path[0][i])

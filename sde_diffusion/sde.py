@@ -147,6 +147,10 @@ class SDE:
         """u = log(σ/α) at a number t."""
         return -0.5 * float(self.log_snr(torch.tensor(t, dtype=torch.float64)))
 
+    def t_from_log_noise(self, u: float) -> float:
+        """The number t at which u = log(σ/α)."""
+        return float(self.t_from_log_snr(torch.tensor(-2 * u, dtype=torch.float64)))
+
     def reverse_rates(self, t: Tensor, eta: float) -> tuple[Tensor, Tensor]:
         """What multiplies x̂₀ and ε̂ in the reverse drift: (α̇, σ̇ + ½ η² g²/σ)."""
         noise_rate = self.sigma_dot(t)
@@ -172,12 +176,14 @@ class SDE:
         """Time as a tensor of x's dtype and device.
 
         Raises:
-            ValueError: if t is a number outside [0, T], or x is not of a floating dtype. The values of a tensor are
-                not checked: reading them would wait for the device.
+            ValueError: if t is a number outside [0, T], a tensor that is neither () nor (B,), or x is not of a floating
+                dtype. The values of a tensor are not checked: reading them would wait for the device.
         """
         if not x.is_floating_point():
             raise ValueError(f"data have dtype {x.dtype}: need a floating dtype")
         if isinstance(t, Tensor):
+            if t.shape not in ((), (1,), x.shape[:1]):
+                raise ValueError(f"t has shape {tuple(t.shape)}: need () or ({len(x)},), one time for each example")
             return t.to(device=x.device, dtype=x.dtype)
         return torch.full((), self.check_time("t", t), device=x.device, dtype=x.dtype)
 

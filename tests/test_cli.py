@@ -47,6 +47,27 @@ def test_sample_writes_a_picture_and_prints_nfe_and_seconds(run, solver, tmp_pat
         assert picture.width > 0
 
 
+def test_overrides_reach_every_kind_of_field(tmp_path):
+    workdir = tmp_path / "run"
+    sections = [
+        "--config.data.name=moons",
+        "--config.data.size=30",
+        "--config.sde.name=edm",
+        "--config.sde.sigma_max=40",
+    ]
+    assert main(["train", CONFIG, f"--workdir={workdir}", *SMALL, *sections]) == 0
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["data"] == {"name": "moons", "size": 30}
+    assert config["sde"] == {"name": "edm", "sigma_min": 0.002, "sigma_max": 40.0}
+
+
+def test_a_field_that_holds_none_can_be_set(tmp_path, capsys):
+    folder = tmp_path / "empty"
+    config = f"--config={ROOT / 'configs' / 'demo.py'}"
+    assert main(["train", config, f"--workdir={tmp_path / 'run'}", f"--config.data.path={folder}"]) == 2
+    assert str(folder) in capsys.readouterr().err
+
+
 def test_sample_passes_solver_options(run, tmp_path, capsys):
     output = f"--output={tmp_path / 'samples.png'}"
     arguments = ["sample", f"--workdir={run}", "--solver=ode", "--count=2", output]
@@ -87,11 +108,18 @@ def test_likelihood_of_continuous_data(run, capsys):
         (["sample", "--steps=3", "--nfe=3"], "steps = 3 and nfe = 3: give one of them"),
         (["sample", "--workdir=nowhere"], "nowhere"),
         (["sample", "--option=eta"], "--option=eta: must be NAME=VALUE"),
+        (["sample", "--option=steps=5"], "--option=steps: solver 'ode' takes method"),
+        (["sample", "--option=rtol=abc"], "rtol = 'abc': solver 'ode' takes a float there"),
+        (["sample", "--count=0"], "n = 0"),
+        (["sample", "--label=3"], "--label=3: the model has 0 classes"),
+        (["sample", "--device=abacus"], "device = 'abacus': must be 'auto'"),
+        (["likelihood", "--count=0"], "--count=0: must be at least 1"),
+        (["likelihood", "--probes=0"], "probes = 0"),
     ],
 )
 def test_a_mistake_prints_one_line_and_exits_2(run, arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if arguments[0] == "sample" and "--workdir=nowhere" not in arguments:
+    if arguments[0] in ("sample", "likelihood") and "--workdir=nowhere" not in arguments:
         arguments = [*arguments, f"--workdir={run}"]
     assert main(arguments) == 2
     printed = capsys.readouterr()

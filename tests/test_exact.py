@@ -39,7 +39,7 @@ def rounding(distribution, sde, x, t):
     alpha, sigma = sde.alpha(t)[:, None], sde.sigma(t)[:, None]
     alpha_dot, sigma_dot = sde.alpha_dot(t)[:, None], sde.sigma_dot(t)[:, None]
     ratio = (x.detach().norm(dim=1, keepdim=True) + alpha * largest) / sigma
-    trace = distribution.denoiser_trace(x.detach(), alpha[:, 0], sigma[:, 0])[:, None]
+    trace = distribution.traces(x.detach(), alpha[:, 0], sigma[:, 0])[0][:, None]
     variance = sigma**2 * trace / alpha
     delta = 8 * EPS * ratio**2
     denoise = delta * variance.sqrt() + 4 * EPS * (dimension * largest + trace * sigma * ratio)
@@ -358,7 +358,7 @@ IDENTITY = torch.eye(2).expand(3, 2, 2)
         (lambda: GaussianMixture(torch.zeros(3), IDENTITY), r"means has shape \(3,\)"),
         (lambda: GaussianMixture(MEANS.long(), IDENTITY), r"torch\.int64"),
         (lambda: Gaussian(torch.zeros(2), torch.eye(3)), r"covariances has shape \(1, 3, 3\)"),
-        (lambda: Empirical(torch.zeros(0, 2)), "points is empty"),
+        (lambda: Empirical(torch.zeros(0, 2)), r"points has shape \(0, 2\)"),
         (lambda: Empirical(torch.zeros(3, 2), chunk=0), "chunk = 0"),
     ],
 )

@@ -185,11 +185,11 @@ def test_an_exploding_state_is_an_error(method):
     assert message.startswith(method)
     assert f"{calls} evaluations" in message
     if method in ADAPTIVE_METHODS:
-        where = re.search(r"stopped at (\S+) after", message)
+        where = re.search(r"stopped at t = (\S+) after", message)
         assert where is not None
         assert float(where[1]) == pytest.approx(1, abs=0.01)
     else:
-        assert "before 2" in message
+        assert "before t = 2" in message
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -205,7 +205,7 @@ def test_a_state_that_is_not_a_number_is_an_error(method):
 
 @pytest.mark.parametrize("method", ADAPTIVE_METHODS)
 def test_too_many_steps_are_an_error(method):
-    with pytest.raises(SolverError, match=rf"{method} stopped at \S+ after \d+ evaluations: max_num_steps"):
+    with pytest.raises(SolverError, match=rf"{method} stopped at t = \S+ after \d+ evaluations: max_num_steps"):
         integrate(oscillate, (ones(2, 2),), [0.0, 200.0], method=method, max_steps=10)
 
 

@@ -11,7 +11,7 @@ README = Path(__file__).parent.parent / "README.md"
 def test_snippets_run(capsys):
     snippets = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     names: dict = {}
-    exec("import math\n" + "\n".join(snippets), names)
+    exec("\n".join(snippets), names)
     shape, approximate_and_exact = capsys.readouterr().out.splitlines()
     assert shape.startswith("torch.Size([4, 1, 28, 28]) 20 ")
     approximate, exact = (float(number) for number in re.findall(r"tensor\((-?[\d.]+)\)", approximate_and_exact))

@@ -9,8 +9,7 @@ A density p(y) learnt on dequantised data bounds the probability of the codes, p
 
 which is the constant that turns a log-likelihood into bits per dimension.
 
-Sources: Theis, van den Oord & Bethge, "A note on the evaluation of generative models" (2016), section 3.1;
-Song et al., "Score-based generative modeling through SDEs" (2021), appendix C.2.
+Source: Theis, van den Oord & Bethge, "A note on the evaluation of generative models" (2016), section 3.1.
 """
 
 import math

@@ -1,6 +1,7 @@
 r"""Euler-Maruyama on the reverse SDE: x_s = x_t + drift(x_t, t) (s − t) + η g(t) √(t − s) z.
 
-Song et al. 2021, appendix E; η scales the noise, and η = 0 is Euler's method on the probability-flow ODE.
+Song et al. 2021 (arXiv:2011.13456), section 4.1; η scales the noise, and η = 0 is Euler's method on the
+probability-flow ODE.
 """
 
 from __future__ import annotations

@@ -46,5 +46,12 @@ class ODE(Solver):
 
         grid = [problem.sde.log_noise(t) for t in problem.grid]
         return integrate(
-            velocity, (x,), grid, method=self.method, rtol=self.rtol, atol=self.atol, observe=problem.observe
+            velocity,
+            (x,),
+            grid,
+            method=self.method,
+            rtol=self.rtol,
+            atol=self.atol,
+            to_time=problem.sde.t_from_log_noise,
+            observe=problem.observe,
         )[0]

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sde_diffusion.model import Model, Prediction, evaluating, slice_cond
+from sde_diffusion.model import Model, Prediction, check_finite, evaluating, slice_cond
 from sde_diffusion.samplers.brownian import TorchSDE
 from sde_diffusion.samplers.ddim import DDIM, DDPM
 from sde_diffusion.samplers.euler_maruyama import EulerMaruyama
@@ -31,7 +31,9 @@ SOLVERS: dict[str, type[Solver]] = {
     "torchsde": TorchSDE,
 }
 
+# By default a batch holds 2²⁰ numbers, but no more samples than whose random streams fit into some 50 MB.
 _NUMBERS_A_BATCH = 2**20
+_SAMPLES_A_BATCH = 2**14
 
 
 @dataclass(frozen=True)
@@ -93,19 +95,20 @@ def sample(
         n: how many.
         solver: a name in ``solvers()``.
         nfe: evaluations of the model allowed; excludes ``steps``.
-        steps: steps of the solver; its own default if neither is given.
+        steps: steps of the solver; its own default if neither is given. An adaptive method takes its own, and this
+            sets the points at which its trajectory is kept.
         grid: "log_snr", "t", or the decreasing times themselves.
         x_start: where to start, (n, *data_shape), in place of draws from the prior.
         t_start: the time of x_start; t_max by default, and always without x_start.
         t_end: where to stop; t_min by default.
         cond: keyword arguments for the model; tensors of length n are cut into batches.
         guidance: maps the model to the one to be sampled from.
-        batch_size: samples solved together; by default as many as hold 2²⁰ numbers.
+        batch_size: samples solved together; by default as many as hold 2²⁰ numbers, at most 2¹⁴.
         seed: of all random numbers.
-        device: where to compute; the model's device by default.
-        dtype: of the samples; the model's parameters' by default, else torch's default.
+        device: where to compute, which for a network is where its parameters are; the model's device by default.
+        dtype: of the samples; by default that of x_start, of the model's parameters, or torch's default.
         trajectory: keep the states at all times of the grid.
-        callback: called with (i, t, x) after step i of every batch.
+        callback: called with (i, t, x) after step i of every batch; of an adaptive method, at the points of the grid.
         **solver_options: keyword arguments of the solver's class.
 
     Raises:
@@ -116,14 +119,14 @@ def sample(
     times = _grid(model, method, nfe, steps, grid, t_start, t_end, x_start is not None, trajectory)
     if n < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"n = {n}, batch_size = {batch_size}: must be at least 1")
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    device = torch.device(device or (torch.get_default_device() if parameter is None else parameter.device))
-    dtype = dtype or (torch.get_default_dtype() if parameter is None else parameter.dtype)
+    device = torch.device(device or model.device)
+    dtype = dtype or (model.dtype if x_start is None else x_start.dtype)
     if x_start is not None:
         model.check_data("x_start", x_start)
+        check_finite("x_start", x_start)
         if len(x_start) != n:
             raise ValueError(f"x_start holds {len(x_start)} states: must hold n = {n}")
-    batch_size = batch_size or max(1, _NUMBERS_A_BATCH // math.prod(model.data_shape))
+    batch_size = batch_size or max(1, min(_SAMPLES_A_BATCH, _NUMBERS_A_BATCH // math.prod(model.data_shape)))
     guided = guidance(model) if guidance else model
     results, paths, counts = [], [], []
     started = time.perf_counter()
@@ -135,7 +138,7 @@ def sample(
                 x = model.sde.prior_std * streams.normal(model.data_shape, dtype)
             else:
                 x = x_start[first : indices.stop].to(device=device, dtype=dtype)
-            batch = _Batch(guided, slice_cond(cond, n, indices), [x] if trajectory else None, callback, times)
+            batch = _Batch(guided, slice_cond(cond, n, indices, device), [x] if trajectory else None, callback, times)
             problem = Problem(model.sde, batch.predict, times, streams, batch.observe, batch.single)
             results.append(method.solve(problem, x))
             counts.append(batch.nfe_per_sample(len(indices)))
@@ -190,10 +193,13 @@ class _Batch:
 def _make_solver(name: str, options: dict[str, Any]) -> Solver:
     if name not in SOLVERS:
         raise ValueError(f"solver = {name!r}: must be one of {', '.join(SOLVERS)}")
-    allowed = list(inspect.signature(SOLVERS[name]).parameters)
-    for option in options:
-        if option not in allowed:
-            raise ValueError(f"{option}: solver {name!r} takes {', '.join(allowed) or 'no options'}")
+    parameters = inspect.signature(SOLVERS[name]).parameters
+    for option, value in options.items():
+        if option not in parameters:
+            raise ValueError(f"{option}: solver {name!r} takes {', '.join(parameters) or 'no options'}")
+        kind = float | int if isinstance(parameters[option].default, float) else type(parameters[option].default)
+        if not isinstance(value, kind):
+            raise ValueError(f"{option} = {value!r}: solver {name!r} takes a {parameters[option].annotation} there")
     return SOLVERS[name](**options)
 
 

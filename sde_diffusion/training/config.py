@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import inspect
@@ -10,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from ml_collections import ConfigDict
 
 from sde_diffusion.data import DATASETS
@@ -63,6 +65,7 @@ def default_config() -> ConfigDict:
                 "device": "auto",  # the accelerator if there is one; or a torch device
                 "precision": "float32",  # or "bfloat16": autocast of the network
                 "workers": 0,  # processes that load data
+                "label_dropout": 0.1,  # share of labels hidden, so that the model can be asked without one
                 "log_every": 100,  # steps between lines of metrics
                 "checkpoint_every": 2000,
                 "keep_checkpoints": 2,
@@ -84,6 +87,7 @@ def named(name: str, **options: Any) -> ConfigDict:
 RESUMABLE = frozenset(
     {
         "workdir",
+        "data.path",
         "train.device",
         "train.workers",
         "train.log_every",
@@ -118,10 +122,10 @@ _NOT_NEGATIVE: tuple[str, ...] = (
     "train.workers",
 )
 _NOT_NEGATIVE += ("train.sample_every",)
-_FRACTIONS = ("optim.beta1", "optim.beta2", "ema.decay")
+_FRACTIONS = ("optim.beta1", "optim.beta2", "ema.decay", "train.label_dropout")
 # Sections whose fields are the keyword arguments of a named class; the second entry counts the arguments the
 # library itself supplies, which a config may not.
-_NAMED: dict[str, tuple[Mapping[str, Callable[..., Any]], tuple[str, ...]]] = {
+NAMED: dict[str, tuple[Mapping[str, Callable[..., Any]], tuple[str, ...]]] = {
     "data": (DATASETS, ("split",)),
     "sde": (SDES, ()),
     "network": (NETWORKS, ("data_shape",)),
@@ -163,11 +167,38 @@ def load_config_file(path: str | os.PathLike[str]) -> ConfigDict:
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ConfigError(f"config = {os.fspath(path)!r}: {error.args[0] if error.args else error}") from error
+    except Exception as error:  # whatever the user's file does wrong
+        raise ConfigError(f"config = {os.fspath(path)!r}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"config = {os.fspath(path)!r}: get_config() must return a ConfigDict; got {config!r}")
     return config
+
+
+def choose(config: ConfigDict, field: str, name: str) -> None:
+    """Set a named section to another class or function of the library, with its defaults; errors as for the config."""
+    section, _, last = field.rpartition(".")
+    parent = config[section] if section else config
+    with config.unlocked():
+        parent[last] = ConfigDict(_section(field, {"name": name}))
+
+
+def choose_device(name: str, argument: str = "device") -> torch.device:
+    """The device of a name, or for "auto" the accelerator if there is one, else the CPU.
+
+    Raises:
+        ConfigError: for a device that torch does not have here.
+    """
+    if name == "auto":
+        name = "cpu"
+        if torch.accelerator.is_available():
+            accelerator = torch.accelerator.current_accelerator()
+            # Times are computed in float64, which not every accelerator has.
+            with contextlib.suppress(TypeError, RuntimeError):
+                return torch.empty((), device=accelerator, dtype=torch.float64).device
+    try:
+        return torch.empty((), device=name).device
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(f"{argument} = {name!r}: must be 'auto' or a device that torch has here") from error
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -181,7 +212,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _merge(values: dict[str, Any], given: Mapping[str, Any], prefix: str) -> None:
     for name, value in given.items():
         field = prefix + name
-        if field in _NAMED:
+        if field in NAMED:
             if isinstance(value, Mapping) and value.get("name", values[name]["name"]) == values[name]["name"]:
                 value = {**values[name], **value}
             values[name] = _section(field, value)
@@ -197,7 +228,7 @@ def _merge(values: dict[str, Any], given: Mapping[str, Any], prefix: str) -> Non
 
 def _section(field: str, section: Any) -> dict[str, Any]:
     """A named section, checked and with the defaults of the class or function that it names."""
-    registry, supplied = _NAMED[field]
+    registry, supplied = NAMED[field]
     if not isinstance(section, Mapping) or section.get("name") not in registry:
         name = section.get("name") if isinstance(section, Mapping) else section
         raise ConfigError(f"{field}.name = {name!r}: must be one of {', '.join(registry)}")

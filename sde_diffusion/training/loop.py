@@ -42,7 +42,7 @@ from sde_diffusion.training.checkpoint import (
     save_checkpoint,
     write_json,
 )
-from sde_diffusion.training.config import RESUMABLE, ConfigError, flatten, resolve_config
+from sde_diffusion.training.config import RESUMABLE, ConfigError, choose_device, flatten, resolve_config
 
 
 class TrainingError(RuntimeError):
@@ -79,13 +79,14 @@ def train(
 
     Raises:
         ConfigError: for a field that is unknown or wrong, or differs from that of the run to go on with.
+        ValueError: if network, data set and config do not fit together, or the data hold NaN; naming which.
         CheckpointError: if the checkpoint to go on from is damaged or of another model.
         TrainingError: if the loss or its gradient is no longer finite; the last checkpoint stands.
     """
     config = resolve_config(config)
     description = _description(config, network is not None, dataset is not None)
     dataset = load_dataset(split="train", **config.data) if dataset is None else as_dataset(dataset)
-    device = _device(config.train.device)
+    device = choose_device(config.train.device, "train.device")
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         try:
@@ -170,8 +171,8 @@ class _Run:
 
     def _take_step(self, values: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
         config = self.config
-        x0, t, noise = self._draw(values.to(self.device, non_blocking=True))
-        cond = {} if label is None else {"label": label.to(self.device, non_blocking=True)}
+        streams, x0, t, noise = self._draw(values.to(self.device, non_blocking=True))
+        cond = {} if label is None else {"label": self._hide(label.to(self.device, non_blocking=True), streams)}
         # Dropout reads torch's global generator: seeded here, it too depends on the seed and the step alone.
         torch.manual_seed(int(np.random.SeedSequence((config.seed, self.step)).generate_state(1)[0]))
         is_half = config.train.precision == "bfloat16"
@@ -188,7 +189,12 @@ class _Run:
         self.average.update_parameters(self.raw)
         return loss.detach(), grad_norm
 
-    def _draw(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _hide(self, label: Tensor, streams: Streams) -> Tensor:
+        """Replace some labels by the one past the last class, which stands for none."""
+        is_hidden = streams.uniform(()) < self.config.train.label_dropout
+        return torch.where(is_hidden, getattr(self.raw.network, "classes", 0), label)
+
+    def _draw(self, values: Tensor) -> tuple[Streams, Tensor, Tensor, Tensor]:
         """Dequantise and flip a batch, and draw its times and noise: one stream an example."""
         first = self.step * len(values)
         streams = Streams(self.config.seed, range(first, first + len(values)), self.device)
@@ -201,7 +207,7 @@ class _Run:
             x0 = torch.where((uniform[:, 1] < 0.5).reshape(-1, *[1] * len(shape)), x0.flip(-1), x0)
         options = dict(self.config.loss.time)
         t = TIMES[options.pop("name")](self.raw.sde, uniform[:, 0], **options)
-        return x0, t, streams.normal(shape)
+        return streams, x0, t, streams.normal(shape)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The batches of the remaining steps, (values, labels or None)."""
@@ -328,15 +334,6 @@ class _Log:
         if self._file is not None and self._board is not None:
             self._file.close()
             self._board.close()
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-    try:
-        return torch.empty((), device=name).device
-    except (AssertionError, RuntimeError) as error:
-        raise ConfigError(f"train.device = {name!r}: must be 'auto' or a device that torch has here") from error
 
 
 def _description(config: ConfigDict, has_network: bool, has_dataset: bool) -> dict[str, Any]:

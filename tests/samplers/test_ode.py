@@ -85,3 +85,22 @@ def test_a_model_that_breaks_down_is_reported(pointwise):
 
     with pytest.raises(sd.SolverError, match="dopri5"):
         sd.sample(Broken(sd.VPSDE()), 2, solver="ode")
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("method", ADAPTIVE_METHODS)
+def test_no_method_jumps_over_the_problem(method, tolerance):
+    """The ODE is flat at both ends, so that a step from one to the other would look free of error."""
+    model = sd.Gaussian(torch.zeros(2, dtype=torch.float64), torch.diag(torch.tensor([0.25, 1.0]).double())).under(
+        sd.VPSDE()
+    )
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    out = sd.sample(model, 50, x_start=x, method=method, rtol=tolerance, atol=tolerance).samples
+    # A Gaussian's flow scales each axis by the ratio of its standard deviations.
+    start, end = (
+        torch.sqrt(model.sde.alpha(t) ** 2 * torch.tensor([0.25, 1.0]) + model.sde.sigma(t) ** 2)
+        for t in torch.tensor([model.sde.t_max, model.sde.t_min], dtype=torch.float64)[:, None]
+    )
+    # fehlberg2 estimates its error with a weight of 1/512 and may err by that much more.
+    allowed = (500 if method == "fehlberg2" else 50) * tolerance
+    assert float((out - x * end / start).abs().max()) < allowed

@@ -505,10 +505,15 @@ def test_data_and_network_of_ones_own(tiny, tmp_path, dataset):
 def test_labels_reach_the_network_with_their_data(tiny, recorder):
     network = recorder(classes=4)
     data = Pairs([(torch.full((2,), 10.0 * label), label) for label in (0, 1, 2, 3)], classes=4)
-    config = tiny(model={"prediction": "x0"}, loss=NEARLY_CLEAN)
+    config = tiny(model={"prediction": "x0"}, loss=NEARLY_CLEAN, train={"steps": 200, "label_dropout": 0.25})
     train(config, network=network, dataset=data)
+    hidden = 0
     for x, _, label in network.calls:
-        assert torch.equal((x / 10).round().long(), label[:, None].expand(-1, 2))
+        # The label past the last stands for none.
+        assert ((label == 4) | (label == (x[:, 0] / 10).round().long())).all()
+        hidden += int((label == 4).sum())
+    count = sum(len(x) for x, _, _ in network.calls)
+    assert abs(hidden - 0.25 * count) < 4 * math.sqrt(0.25 * 0.75 * count)
     train(config, network=(unlabelled := recorder()), dataset=data)
     assert all(label is None for _, _, label in unlabelled.calls)
 
@@ -521,7 +526,9 @@ def test_a_network_with_classes_learns_and_draws_them(tiny, images, tmp_path):
         "blocks_per_level": 1,
         "classes": 3,
     }
-    config = tiny(workdir=str(tmp_path), network=network, train={"sample_every": 8, "sample_count": 4})
+    config = tiny(
+        workdir=str(tmp_path), network=network, train={"sample_every": 8, "sample_count": 4, "label_dropout": 0.0}
+    )
     result = train(config, dataset=images)
     # The table of labels is used: its three rows have moved, the row for no label has not.
     start = train({**config, "workdir": "", "train": {**config["train"], "steps": 0}}, dataset=images)
