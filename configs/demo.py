@@ -16,9 +16,9 @@ def get_config() -> ConfigDict:
     config.optim.lr = 2e-3
     config.optim.warmup = 50
     config.ema.decay = 0.99
-    config.train.steps = 900
+    config.train.steps = 1000
     config.train.batch_size = 32
     config.train.log_every = 50
-    config.train.checkpoint_every = 300
+    config.train.checkpoint_every = 500
     config.train.sample_every = 0
     return config

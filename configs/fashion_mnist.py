@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     config.network.channel_multipliers = (1, 2, 3)
     config.network.blocks_per_level = 1
     config.network.time_scale = 10.0
-    # Few wide groups: on a CPU, in channels_last, normalisation is then several times faster.
+    # Few wide groups: on a CPU, in channels_last, normalisation is then faster.
     config.network.groups = 2
     config.model.sigma_data = 0.8  # root mean square of the pixels in [-1, 1]
     config.loss.time.mean, config.loss.time.std = -1.6, 1.6

@@ -44,7 +44,7 @@ class GroupNorm(nn.GroupNorm):
 
     Unless `groups` is given it is the largest divisor of `channels` that is at most 32 and leaves at least 4
     channels a group: 32 for 128 and 256 channels as in DDPM, 8 for 32 channels. On a CPU a small network
-    trains up to twice as fast with 16 channels a group or more: torch vectorises over the channels of one.
+    trains faster with 16 channels a group or more: torch vectorises over the channels of one.
     """
 
     def __init__(self, channels: int, groups: int | None = None) -> None:

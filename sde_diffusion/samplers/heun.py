@@ -4,7 +4,7 @@ With n² = α² + σ², a = α/n, s = σ/n, the scaled state y = x/n = a x̂₀ 
 
     dy/du = a s (a ε̂ − s x̂₀)
 
-which is bounded at both ends for every SDE; in σ itself the same step blows up at few evaluations.
+which is bounded at both ends for every SDE.
 The step is that of Karras et al. 2022, algorithm 1, in these variables.
 """
 

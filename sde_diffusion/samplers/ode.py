@@ -1,7 +1,6 @@
 r"""The probability-flow ODE handed to torchdiffeq, over u = log(σ/α):  dx/du = (α̇ x̂₀ + σ̇ ε̂) dt/du.
 
-In u the right-hand side is smooth from end to end for every SDE, so that an adaptive solver's error follows
-its tolerance; in t it is not (docs/architecture.md has the measurement).
+In u the problem looks the same for every SDE, and stays finite where σ̇ or g does not.
 """
 
 from __future__ import annotations
