@@ -231,7 +231,7 @@ def drift_in_log_noise(
         sde: the diffusion.
         predict: the model's primitive.
         x: state (B, ...).
-        u: (), in float64 where the device has it.
+        u: (), in float64.
         eta: 0 for the probability-flow ODE.
     """
     t, dt_du = sde.time_change(u)
