@@ -302,11 +302,9 @@ def test_float64_and_a_batch_of_one_work_throughout(any_sde, solver, n, pointwis
         assert out.samples.isfinite().all()
 
 
-@pytest.mark.parametrize("solver", EVERY_SOLVER)
+# Noise differs between the dtypes' streams: these draw none.
+@pytest.mark.parametrize("solver", [name for name in EVERY_SOLVER if name not in ("em", "ddpm", "torchsde")])
 def test_float32_follows_float64(any_sde, solver, pointwise):
-    # Given the same start and noise, whose values differ between the dtypes' streams: so without noise.
-    if solver in ("em", "ddpm", "torchsde"):
-        pytest.skip("draws other noise in float32")
     x_start = any_sde.prior_std * torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     single, double = (
         sd.sample(pointwise(any_sde), 4, solver=solver, steps=20, x_start=x_start, dtype=dtype).samples
