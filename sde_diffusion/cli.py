@@ -158,7 +158,8 @@ def _train(values: flags.FlagValues, config: ConfigDict | None) -> None:
         raise ConfigError("--workdir is missing: the directory to write the run to")
     result = train(config)
     loss = f", loss {result.metrics['loss']:.4f}" if result.metrics else ""
-    print(f"{result.step} steps done{loss}; the run is in {result.workdir}")
+    parameters = sum(parameter.numel() for parameter in result.model.parameters())
+    print(f"{result.step} steps done{loss}, {parameters:,} parameters; the run is in {result.workdir}")
 
 
 def _define_sample(values: flags.FlagValues) -> None:

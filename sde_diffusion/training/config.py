@@ -178,6 +178,8 @@ def choose(config: ConfigDict, field: str, name: str) -> None:
     """Set a named section to another class or function of the library, with its defaults; errors as for the config."""
     section, _, last = field.rpartition(".")
     parent = config[section] if section else config
+    if parent[last].name == name:
+        return
     with config.unlocked():
         parent[last] = ConfigDict(_section(field, {"name": name}))
 
