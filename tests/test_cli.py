@@ -49,7 +49,9 @@ def test_sample_writes_a_picture_and_prints_nfe_and_seconds(run, solver, tmp_pat
 
 def test_overrides_reach_every_kind_of_field(tmp_path):
     workdir = tmp_path / "run"
+    # The network is an MLP already: naming it again leaves its width.
     sections = [
+        "--config.network.name=mlp",
         "--config.data.name=moons",
         "--config.data.size=30",
         "--config.sde.name=edm",
@@ -58,6 +60,7 @@ def test_overrides_reach_every_kind_of_field(tmp_path):
     assert main(["train", CONFIG, f"--workdir={workdir}", *SMALL, *sections]) == 0
     config = json.loads((workdir / "config.json").read_text())
     assert config["data"] == {"name": "moons", "size": 30}
+    assert config["network"]["width"] == 8
     assert config["sde"] == {"name": "edm", "sigma_min": 0.002, "sigma_max": 40.0}
 
 
