@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import sde_diffusion as sd
+from sde_diffusion.networks import UNet
 from sde_diffusion.samplers.grids import time_grid
 from sde_diffusion.samplers.sample import SOLVERS
 from sde_diffusion.samplers.solver import Problem
@@ -129,13 +130,14 @@ ALONE = {"adaptive": True, "method": "heun", "rtol": 0.05, "atol": 0.05}
 BY_ROW = [*({name: {} for name in EVERY_SOLVER} | {"ode": {"method": "rk4"}}).items(), ("ddim", {"eta": 1.0})]
 
 
-def check_batches(take):
-    whole = take(n=12, batch_size=64)
-    assert torch.equal(take(n=12, batch_size=1), whole)
-    assert torch.equal(take(n=12, batch_size=7), whole)
+def check_batches(take, n=70):
+    # More samples than the largest batch, so that one of 64 is really solved.
+    whole = take(n=n, batch_size=64)
+    assert torch.equal(take(n=n, batch_size=1), whole)
+    assert torch.equal(take(n=n, batch_size=7), whole)
     assert torch.equal(take(n=5), whole[:5])
-    assert len(whole.unique(dim=0)) == 12
-    assert not (take(n=12, seed=4) == whole).any()
+    assert len(whole.unique(dim=0)) == n
+    assert not (take(n=n, seed=4) == whole).any()
 
 
 @pytest.mark.parametrize(("solver", "options"), BY_ROW, ids=str)
@@ -144,7 +146,7 @@ def test_a_sample_is_bitwise_the_same_in_any_batch(any_sde, solver, options, poi
 
 
 def test_a_sample_solved_alone_is_bitwise_the_same_in_any_batch(pointwise):
-    check_batches(partial(draw, pointwise(sd.VPSDE()), solver="torchsde", **ALONE))
+    check_batches(partial(draw, pointwise(sd.VPSDE()), solver="torchsde", **ALONE), n=12)
 
 
 @pytest.mark.parametrize("sde", [sd.VPSDE(), sd.EDMSDE()], ids=["vp", "edm"])
@@ -164,6 +166,19 @@ def test_an_exact_mixture_gives_the_same_sample_in_any_batch_to_rounding(solver,
     model = two_modes((2,), torch.float64).distribution.under(sd.VPSDE())
     whole = draw(model, 12, solver, **options)
     torch.testing.assert_close(draw(model, 12, solver, batch_size=7, **options), whole, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("solver", "options"), BY_ROW, ids=str)
+def test_a_network_gives_the_same_sample_in_any_batch_to_rounding(solver, options):
+    torch.manual_seed(0)
+    network = UNet((1, 4, 4), base_channels=4, channel_multipliers=(1, 2), attention_resolutions=(2,))
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    model = sd.DiffusionModel(network, sd.VPSDE(), data_shape=(1, 4, 4)).double()
+    whole = draw(model, 70, solver, batch_size=64, **options)
+    for batch_size in (1, 7):
+        part = draw(model, 70, solver, batch_size=batch_size, **options)
+        torch.testing.assert_close(part, whole, rtol=1e-9, atol=1e-9)
 
 
 # What is counted, kept and handed on.
