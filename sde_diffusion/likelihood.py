@@ -4,9 +4,9 @@ With v the velocity dx/dt of the ODE that carries p_t along,
 
     log p_{t_min}(x) = log p_T(x(T)) + ∫_{t_min}^{T} ∇·v(x(t), t) dt
 
-solved together with x(t), over u = log(σ/α) in place of t. The divergence is exact (D products with unit vectors) or
-Hutchinson's estimate zᵀ(∂v/∂x)z with probes z, E[zzᵀ] = I, each frozen for the whole solve: the mean over probes is
-unbiased, and their spread its standard error. Value and products come from one evaluation of the model.
+solved together with x(t), over an angle in place of t (``sde_diffusion.ode``). The divergence is exact (D products with
+unit vectors) or Hutchinson's estimate zᵀ(∂v/∂x)z with probes z, E[zzᵀ] = I, each frozen for the whole solve: the mean
+over probes is unbiased, and their spread its standard error. Value and products come from one evaluation of the model.
 
 The density is that of data noised up to t_min, which is part of the number; t_min is in the result.
 
@@ -31,10 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sde_diffusion.model import Model, check_finite, evaluating, slice_cond
-from sde_diffusion.ode import ADAPTIVE_METHODS, integrate
+from sde_diffusion.model import Model, Prediction, check_finite, evaluating, slice_cond
+from sde_diffusion.ode import ADAPTIVE_METHODS, Divergence, ProbabilityFlow, Velocity
 from sde_diffusion.samplers.noise import Streams
-from sde_diffusion.sde import drift_in_log_noise
 
 METHODS = ("adaptive",)
 TRACES = ("hutchinson", "exact")
@@ -255,31 +254,23 @@ def _solve(
     model: Model, x: Tensor, streams: Streams, options: _Options, t_min: float, cond: dict[str, Any]
 ) -> tuple[Tensor, Tensor, int]:
     """Log density by each probe (B, probes), or (B, 1) with the exact trace; x(T); evaluations of the model."""
-    sde, dimension, calls = model.sde, x[0].numel(), 0
-    divergence = _exact_divergence if options.trace == "exact" else _hutchinson(x, streams, options)
+    calls = 0
 
-    def rates(state: tuple[Tensor, ...], u: Tensor) -> tuple[Tensor, ...]:
+    def predict(x: Tensor, t: Tensor) -> Prediction:
         nonlocal calls
         calls += 1
-        velocity, divergences = divergence(
-            lambda x: drift_in_log_noise(sde, lambda x, t: model.predict(x, t, **cond), x, u), state[0]
-        )
-        return velocity, divergences / dimension
+        return model.predict(x, t, **cond)
 
-    columns = 1 if options.trace == "exact" else options.probes
-    latent, log_determinant = integrate(
-        rates,
-        (x, x.new_zeros(len(x), columns)),
-        [sde.log_noise(t_min), sde.log_noise(sde.t_max)],
+    latent, change = ProbabilityFlow(model.sde, predict).solve_with_density(
+        x,
+        (t_min, model.sde.t_max),
+        _exact_divergence if options.trace == "exact" else _hutchinson(x, streams, options),
+        estimates=1 if options.trace == "exact" else options.probes,
         method=options.solver,
         rtol=options.rtol,
         atol=options.atol,
-        to_time=sde.t_from_log_noise,
     )
-    return sde.prior_log_prob(latent)[:, None] + dimension * log_determinant, latent, calls
-
-
-Divergence = Callable[[Callable[[Tensor], Tensor], Tensor], tuple[Tensor, Tensor]]
+    return model.sde.prior_log_prob(latent)[:, None] + change, latent, calls
 
 
 def _hutchinson(x: Tensor, streams: Streams, options: _Options) -> Divergence:
@@ -291,22 +282,20 @@ def _hutchinson(x: Tensor, streams: Streams, options: _Options) -> Divergence:
         z = torch.where(streams.uniform(shape, x.dtype) < 0.5, -1.0, 1.0).to(x.dtype)
     z = z.transpose(0, 1)
 
-    def estimate(velocity: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    def estimate(velocity: Velocity, x: Tensor) -> tuple[Tensor, Tensor]:
         value, product = _with_products(velocity, x)
         return value, torch.stack([(probe * product(probe)[0]).flatten(1).sum(1) for probe in z], 1)
 
     return estimate
 
 
-def _with_products(
-    velocity: Callable[[Tensor], Tensor], x: Tensor
-) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+def _with_products(velocity: Velocity, x: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
     """v(x), and the map z -> zᵀ ∂v/∂x that shares its forward pass."""
     value, product, *_ = torch.func.vjp(velocity, x)
     return value, product
 
 
-def _exact_divergence(velocity: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+def _exact_divergence(velocity: Velocity, x: Tensor) -> tuple[Tensor, Tensor]:
     """Value, and the trace of ∂v/∂x (B, 1) by a product with every unit vector."""
     value, product = _with_products(velocity, x)
     units = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device).reshape(-1, *x.shape[1:])

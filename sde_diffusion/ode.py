@@ -1,4 +1,13 @@
-r"""Initial value problems dx/ds = v(x, s), solved by torchdiffeq.
+r"""The probability-flow ODE over the angle between data and noise, and torchdiffeq that solves it.
+
+With n² = α² + σ² and θ = atan(σ/α), the scaled state y = x/n = cos θ x̂₀ + sin θ ε̂ moves by
+
+    dy/dθ = cos θ ε̂ − sin θ x̂₀
+
+(the "v" of Salimans & Ho 2022, arXiv:2202.00512), which is bounded at both ends of every SDE, σ = 0 and α = 0 among
+them. Its divergence gives the change of density between two times s and t,
+
+    log p_s(x_s) = log p_t(x_t) + D log(n_t/n_s) + ∫ ∇·(dy/dθ) dθ        from θ_s to θ_t
 
 Adaptive methods keep the estimated error e of every step below tolerance in the norm
 
@@ -10,6 +19,7 @@ result is a solver's and not an interpolant's; only the guess of the first step 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -17,6 +27,8 @@ from typing import Any
 import torch
 import torchdiffeq
 from torch import Tensor
+
+from sde_diffusion.sde import SDE
 
 ADAPTIVE_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 ONE_STEP_METHODS = ("euler", "midpoint", "heun2", "heun3", "rk4")
@@ -31,6 +43,90 @@ _ADAMS_ORDER = 5
 
 class SolverError(RuntimeError):
     """A solver could not reach the end of its interval; says where it stopped, after how many evaluations."""
+
+
+Velocity = Callable[[Tensor], Tensor]
+Divergence = Callable[[Velocity, Tensor], tuple[Tensor, Tensor]]
+
+
+class ProbabilityFlow:
+    """The flow dy/dθ of an SDE and a predict(x, t) -> (x̂₀, ε̂), to be solved from one time to another."""
+
+    def __init__(self, sde: SDE, predict: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]):
+        """Join them."""
+        self.sde, self.predict = sde, predict
+
+    def solve(
+        self,
+        x: Tensor,
+        times: Sequence[float],
+        observe: Callable[[int, Tensor], None] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Carry x (B, ...) from times[0] to times[-1], in either direction.
+
+        Args:
+            x: the state at times[0].
+            times: strictly monotone numbers in [0, T].
+            observe: called with (i, x) at times[i], i > 0.
+            **options: ``method``, ``rtol`` and ``atol`` of ``integrate``.
+        """
+        norms = self._norm(times)
+        watch = None if observe is None else lambda i, y: observe(i, norms[i] * y)
+
+        def rates(state: tuple[Tensor, ...], angle: Tensor) -> tuple[Tensor, ...]:
+            return (self._velocity(angle, x.dtype)(state[0]),)
+
+        (y,) = integrate(rates, (x / norms[0],), self._angles(times), observe=watch, to_time=self._time_at, **options)
+        return norms[-1] * y
+
+    def solve_with_density(
+        self, x: Tensor, times: tuple[float, float], divergence: Divergence, estimates: int, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Carry x from one time to another, together with its log density.
+
+        Args:
+            x: the state (B, ...) at times[0].
+            times: both ends, each in [0, T].
+            divergence: maps (dy/dθ, y) to its value at y and the estimates (B, K) of its divergence there.
+            estimates: K.
+            **options: ``method``, ``rtol`` and ``atol`` of ``integrate``; of y, and of the log density a dimension.
+
+        Returns:
+            x at times[1], and log p(x at times[0]) − log p(x at times[1]) by each estimate, (B, K).
+        """
+        dimension, (start, end) = x[0].numel(), self._norm(times)
+
+        def rates(state: tuple[Tensor, ...], angle: Tensor) -> tuple[Tensor, ...]:
+            value, divergences = divergence(self._velocity(angle, x.dtype), state[0])
+            return value, divergences / dimension
+
+        state = (x / start, x.new_zeros(len(x), estimates))
+        y, change = integrate(rates, state, self._angles(times), to_time=self._time_at, **options)
+        return end * y, dimension * (change + math.log(end / start))
+
+    def _velocity(self, angle: Tensor, dtype: torch.dtype) -> Velocity:
+        """y -> dy/dθ at an angle, a () float64 tensor."""
+        t = self.sde.t_from_log_snr(-2 * torch.log(torch.tan(angle)))
+        norm = torch.sqrt(self.sde.alpha(t).square() + self.sde.sigma(t).square())
+        cos, sin, scale, t = (value.to(dtype) for value in (torch.cos(angle), torch.sin(angle), norm, t))
+
+        def velocity(y: Tensor) -> Tensor:
+            x0, eps = self.predict(scale * y, t)
+            return cos * eps - sin * x0
+
+        return velocity
+
+    def _norm(self, times: Sequence[float]) -> list[float]:
+        t = torch.tensor(times, dtype=torch.float64)
+        return torch.sqrt(self.sde.alpha(t).square() + self.sde.sigma(t).square()).tolist()
+
+    def _angles(self, times: Sequence[float]) -> list[float]:
+        t = torch.tensor(times, dtype=torch.float64)
+        return torch.atan2(self.sde.sigma(t), self.sde.alpha(t)).tolist()
+
+    def _time_at(self, angle: float) -> float:
+        return self.sde.t_from_log_noise(math.log(math.tan(angle)) if angle > 0 else -math.inf)
 
 
 def integrate(

@@ -3,6 +3,7 @@
 | name    | equal steps in          |
 |---------|-------------------------|
 | log_snr | log(σ/α), so that the noise falls by one factor a step, whatever the SDE |
+| angle   | atan(σ/α), in which noise turns into data at an even pace; finite at both ends |
 | t       | time                    |
 """
 
@@ -27,8 +28,16 @@ def _equal_in_log_snr(sde: SDE, start: float, end: float, steps: int) -> torch.T
     return sde.t_from_log_snr(-2 * noise)
 
 
+def _equal_in_angle(sde: SDE, start: float, end: float, steps: int) -> torch.Tensor:
+    ends = torch.tensor([start, end], dtype=torch.float64)
+    first, last = torch.atan2(sde.sigma(ends), sde.alpha(ends)).tolist()
+    angle = torch.linspace(first, last, steps + 1, dtype=torch.float64)
+    return sde.t_from_log_snr(-2 * torch.log(torch.tan(angle)))
+
+
 GRIDS: dict[str, Callable[[SDE, float, float, int], torch.Tensor]] = {
     "log_snr": _equal_in_log_snr,
+    "angle": _equal_in_angle,
     "t": _equal_in_time,
 }
 
@@ -65,5 +74,5 @@ def check_log_snr(sde: SDE, start: float, end: float) -> None:
         if not math.isfinite(sde.log_noise(t)):
             raise ValueError(
                 f"{name} = {t}: the log-SNR is infinite there; choose a time in [{sde.t_min}, {sde.t_max}], "
-                f"or a solver and a grid that do not step in log-SNR, such as 'ddim' with grid='t'"
+                f"or a solver and a grid that do not step in log-SNR, such as 'heun' with grid='angle'"
             )

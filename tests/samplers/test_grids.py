@@ -39,6 +39,12 @@ def test_log_snr_rises_by_equal_steps(any_sde):
     torch.testing.assert_close(steps, (log_snr[-1] - log_snr[0]).expand(40) / 40, rtol=0, atol=1e-10)
 
 
+def test_angle_falls_by_equal_steps(any_sde):
+    times = torch.tensor(time_grid(any_sde, "angle", any_sde.t_max, any_sde.t_min, 40), dtype=torch.float64)
+    steps = torch.atan2(any_sde.sigma(times), any_sde.alpha(times)).diff()
+    torch.testing.assert_close(steps, steps.mean().expand(40), rtol=0, atol=1e-10)
+
+
 def test_time_falls_by_equal_steps(any_sde):
     times = torch.tensor(time_grid(any_sde, "t", any_sde.t_max, any_sde.t_min, 40), dtype=torch.float64)
     expected = (any_sde.t_min - any_sde.t_max) / 40
@@ -55,7 +61,7 @@ def test_given_times_are_kept(times):
 @pytest.mark.parametrize(
     ("kind", "start", "end", "message"),
     [
-        ("cosine", 1.0, 0.1, "grid = 'cosine': must be one of log_snr, t, or decreasing times"),
+        ("cosine", 1.0, 0.1, "grid = 'cosine': must be one of log_snr, angle, t, or decreasing times"),
         ([0.1, 0.5], 1.0, 0.1, r"grid = \[0.1, 0.5\]: needs at least two strictly decreasing times"),
         ([0.5, 0.5], 1.0, 0.1, r"grid = \[0.5, 0.5\]: needs at least two strictly decreasing times"),
         ([0.5], 1.0, 0.1, r"grid = \[0.5\]: needs at least two"),

@@ -33,12 +33,8 @@ def moment_grid(sde, name, steps):
 
     Noise turns into data at an even pace over that angle, so that the same bias takes half the steps.
     """
-    start, end = sde.t_max, end_of_noise(sde)
-    if SOLVERS[name].in_log_snr:
-        return time_grid(sde, "log_snr", start, end, steps)
-    angles = [math.atan(math.exp(sde.log_noise(t))) for t in (start, end)]
-    angle = torch.linspace(*angles, steps + 1, dtype=torch.float64)
-    return [start, *sde.t_from_log_snr(-2 * angle.tan().log())[1:].tolist()]
+    kind = "log_snr" if SOLVERS[name].in_log_snr else "angle"
+    return time_grid(sde, kind, sde.t_max, end_of_noise(sde), steps)
 
 
 def covariance_at(sde, t, covariance):
@@ -447,7 +443,7 @@ def test_every_solver_is_listed():
         ({"solver": "ddim", "etta": 1.0}, "etta: solver 'ddim' takes eta"),
         ({"solver": "heun", "eta": 1.0}, "eta: solver 'heun' takes no options"),
         ({"solver": "ode", "tol": 1.0}, "tol: solver 'ode' takes method, rtol, atol"),
-        ({"grid": "log-snr"}, "grid = 'log-snr': must be one of log_snr, t"),
+        ({"grid": "log-snr"}, "grid = 'log-snr': must be one of log_snr, angle, t"),
         ({"grid": [0.2, 0.5]}, r"grid = \[0.2, 0.5\]: needs at least two strictly decreasing times"),
         ({"grid": [1.2, 0.5]}, r"grid = 1.2 is outside the range \[0, 1.0\]"),
         ({"grid": [1.0, 0.5], "steps": 3}, "grid is given as times: steps, nfe, t_start and t_end"),
