@@ -1,13 +1,16 @@
 """Continuous-time score-SDE diffusion models: train, sample and score."""
 
-from sde_diffusion.chain import GaussianChain
+from sde_diffusion.bound import Bound, RateDistortion, rate_distortion, variational_bound
+from sde_diffusion.chain import BETAS, ChainSDE, GaussianChain, zero_terminal_snr
 from sde_diffusion.data import DataInfo
 from sde_diffusion.exact import Empirical, Gaussian, GaussianMixture
+from sde_diffusion.general import BetaSDE, LogSNRSDE, MarginalSDE, RateSDE
+from sde_diffusion.latent import Progression, decode, encode, interpolate, progressive, slerp
 from sde_diffusion.likelihood import BitsPerDim, LogLikelihood, bits_per_dim, log_likelihood
-from sde_diffusion.model import DiffusionModel, Model, Prediction
+from sde_diffusion.model import DiffusionModel, Model, Prediction, VariancePrediction
 from sde_diffusion.ode import SolverError
 from sde_diffusion.samplers import Samples, sample, solvers
-from sde_diffusion.sde import EDMSDE, SDE, VESDE, VPSDE, SubVPSDE
+from sde_diffusion.sde import EDMSDE, SDE, VESDE, VPSDE, ConstantVESDE, CosineVPSDE, FlowSDE, SubVPSDE
 from sde_diffusion.training import (
     CheckpointError,
     ConfigError,
@@ -23,34 +26,55 @@ from sde_diffusion.training import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "BETAS",
     "EDMSDE",
     "SDE",
     "VESDE",
     "VPSDE",
+    "BetaSDE",
     "BitsPerDim",
+    "Bound",
+    "ChainSDE",
     "CheckpointError",
     "ConfigError",
+    "ConstantVESDE",
+    "CosineVPSDE",
     "DataInfo",
     "DiffusionModel",
     "Empirical",
+    "FlowSDE",
     "Gaussian",
     "GaussianChain",
     "GaussianMixture",
     "LogLikelihood",
+    "LogSNRSDE",
+    "MarginalSDE",
     "Model",
     "Prediction",
+    "Progression",
+    "RateDistortion",
+    "RateSDE",
     "Samples",
     "SolverError",
     "SubVPSDE",
     "TrainResult",
     "TrainingError",
+    "VariancePrediction",
     "bits_per_dim",
+    "decode",
     "default_config",
+    "encode",
+    "interpolate",
     "load",
     "load_config_file",
     "log_likelihood",
     "pretrained",
+    "progressive",
+    "rate_distortion",
     "sample",
+    "slerp",
     "solvers",
     "train",
+    "variational_bound",
+    "zero_terminal_snr",
 ]

@@ -1,10 +1,11 @@
-"""Commands: train a config, sample from a run, evaluate its likelihood.
+"""Commands: train a config, sample from a run, evaluate its likelihood or the bound on it.
 
     python -m sde_diffusion train --config=configs/demo.py --workdir=runs/demo --config.optim.lr=1e-3
     python -m sde_diffusion sample --workdir=runs/demo --solver=ode
     python -m sde_diffusion likelihood --workdir=runs/demo --count=64
+    python -m sde_diffusion bound --workdir=runs/demo --count=64 --steps=1000 --terms=64
 
-sample and likelihood use the model that ships with the package when no --workdir is given.
+All but train use the model that ships with the package when no --workdir is given.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ import torch
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from sde_diffusion.bound import CODES, variational_bound
 from sde_diffusion.data import load_dataset
 from sde_diffusion.data.pictures import save_picture
 from sde_diffusion.likelihood import PROBES, TRACES, bits_per_dim, log_likelihood
 from sde_diffusion.model import DiffusionModel
 from sde_diffusion.ode import SolverError
 from sde_diffusion.samplers import SOLVERS, sample
+from sde_diffusion.samplers.grids import GRIDS
 from sde_diffusion.training import ConfigError, TrainingError, load, train
 from sde_diffusion.training.checkpoint import pretrained, read_description
 from sde_diffusion.training.config import NAMED, choose, choose_device, flatten, load_config_file, resolve_config
@@ -94,7 +97,7 @@ def _check_fields(names: Sequence[str], config: ConfigDict) -> None:
 
 
 def _apply(config: ConfigDict, arguments: Sequence[str]) -> list[str]:
-    """Carry out the overrides that config_flags does not: of a section's name, and of fields that hold None.
+    """Carry out the overrides that config_flags does not: of a section by its name, and of fields that hold None.
 
     Returns:
         The arguments that remain.
@@ -102,11 +105,11 @@ def _apply(config: ConfigDict, arguments: Sequence[str]) -> list[str]:
     pairs = [(a, *a.removeprefix("--config.").partition("=")[::2]) for a in arguments if a.startswith("--config.")]
     done = set()
     for argument, field, value in pairs:
-        section, _, last = field.rpartition(".")
-        if last == "name" and section in NAMED:
+        section = field.removesuffix(".name")
+        if section in NAMED:
             choose(config, section, value)
             done.add(argument)
-    _check_fields([field for _, field, _ in pairs], config)
+    _check_fields([field for argument, field, _ in pairs if argument not in done], config)
     for argument, field, value in pairs:
         section, _, last = field.rpartition(".")
         parent = config[section] if section else config
@@ -202,29 +205,37 @@ def _sample(values: flags.FlagValues, config: ConfigDict | None) -> None:
     print(f"wrote {values.output}")
 
 
-def _define_likelihood(values: flags.FlagValues) -> None:
+def _define_evaluation(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("split", "test", ["train", "test"], "examples to evaluate", flag_values=values)
     flags.DEFINE_integer("count", 64, "number of examples, the first of the split", flag_values=values)
     flags.DEFINE_string("device", "auto", "where to compute", flag_values=values)
+    flags.DEFINE_integer("batch_size", 64, "examples evaluated together", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "seed", flag_values=values)
+
+
+def _examples(values: flags.FlagValues, section: dict[str, Any]) -> torch.Tensor:
+    """The examples asked for, as the data set holds them."""
+    if section["name"] == "custom":
+        raise ConfigError("the run was trained on a data set of the user's own; evaluate it from Python")
+    if values.count < 1:
+        raise ConfigError(f"--count={values.count}: must be at least 1")
+    dataset: Any = load_dataset(split=values.split, **section)
+    items = [dataset[i] for i in range(min(values.count, len(dataset)))]
+    return torch.stack([item if isinstance(item, torch.Tensor) else item[0] for item in items])
+
+
+def _define_likelihood(values: flags.FlagValues) -> None:
+    _define_evaluation(values)
     flags.DEFINE_enum("trace", "hutchinson", list(TRACES), "how to compute the divergence", flag_values=values)
     flags.DEFINE_integer("probes", 2, "probes of Hutchinson's estimate", flag_values=values)
     flags.DEFINE_enum("probe", "rademacher", list(PROBES), "their distribution", flag_values=values)
     flags.DEFINE_float("tolerance", 1e-4, "relative and absolute tolerance of the solver", flag_values=values)
     flags.DEFINE_float("t_min", None, "time whose density is evaluated", flag_values=values)
-    flags.DEFINE_integer("batch_size", 64, "examples solved together", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "seed", flag_values=values)
 
 
 def _likelihood(values: flags.FlagValues, config: ConfigDict | None) -> None:
     model, section = _model(values, config)
-    if section["name"] == "custom":
-        raise ConfigError("the run was trained on a data set of the user's own; call sde_diffusion.bits_per_dim")
-    if values.count < 1:
-        raise ConfigError(f"--count={values.count}: must be at least 1")
-    dataset: Any = load_dataset(split=values.split, **section)
-    count = min(values.count, len(dataset))
-    items = [dataset[i] for i in range(count)]
-    examples = torch.stack([item if isinstance(item, torch.Tensor) else item[0] for item in items])
+    examples = _examples(values, section)
     options = {
         "trace": values.trace,
         "probes": values.probes,
@@ -237,15 +248,52 @@ def _likelihood(values: flags.FlagValues, config: ConfigDict | None) -> None:
     }
     if model.data.bits is None:
         likelihood = log_likelihood(model, examples.float(), **options)
-        print(f"log-likelihood of {count} {values.split} examples: {float(likelihood.log_prob.mean()):.4f} nats")
+        print(
+            f"log-likelihood of {len(examples)} {values.split} examples: {float(likelihood.log_prob.mean()):.4f} nats"
+        )
         print(f"  standard error of an example's, over probes: {float(likelihood.std_error.mean()):.4f}")
         print(f"  density at t_min = {likelihood.t_min:.3g}; nfe {likelihood.nfe}, {likelihood.seconds:.1f} seconds")
         return
     bits = bits_per_dim(model, examples, **options)
-    print(f"bits/dim of {count} {values.split} examples: {bits.mean:.4f}")
+    print(f"bits/dim of {len(examples)} {values.split} examples: {bits.mean:.4f}")
     print(f"  standard error of the estimator (probes): {bits.std_error:.4f}")
     print(f"  standard error over examples (sampling):  {bits.sampling_error:.4f}")
     print(f"  density at t_min = {bits.t_min:.3g}; nfe {bits.nfe}, {bits.seconds:.1f} seconds")
+
+
+def _define_bound(values: flags.FlagValues) -> None:
+    _define_evaluation(values)
+    flags.DEFINE_float("steps", 1000, "steps of the chain; inf for the limit of continuous time", flag_values=values)
+    flags.DEFINE_enum("grid", "log_snr", list(GRIDS), "in what the steps are equal", flag_values=values)
+    flags.DEFINE_integer("terms", None, "terms to evaluate, sampled by strata; all by default", flag_values=values)
+    flags.DEFINE_integer("repeats", 2, "independent estimates to average", flag_values=values)
+    flags.DEFINE_string("variance", "posterior", "of a step: posterior, noising, learned or 0 to 1", flag_values=values)
+    flags.DEFINE_enum("codes", "centres", list(CODES), "the point that stands for a code", flag_values=values)
+    flags.DEFINE_float("t_min", None, "time of the chain's first state", flag_values=values)
+
+
+def _bound(values: flags.FlagValues, config: ConfigDict | None) -> None:
+    model, section = _model(values, config)
+    examples = _examples(values, section)
+    bound = variational_bound(
+        model,
+        examples.float() if model.data.bits is None else examples,
+        steps=values.steps,
+        grid=values.grid,
+        t_min=values.t_min,
+        variance=_value(values.variance),
+        codes=values.codes,
+        terms=values.terms,
+        repeats=values.repeats,
+        batch_size=values.batch_size,
+        seed=values.seed,
+    )
+    parts = {"L_T": bound.prior, "sum of L_t": bound.transitions.sum(1), "L_0": bound.decoder}
+    split = ", ".join(f"{name} {float(bound.per_dimension(nats).mean()):.3g}" for name, nats in parts.items())
+    print(f"bound on the {bound.unit} of {len(examples)} {values.split} examples: {bound.mean:.4f}")
+    print(f"  standard error of the estimator (repeats): {bound.std_error:.4f}")
+    print(f"  standard error over examples (sampling):   {bound.sampling_error:.4f}")
+    print(f"  {split}; nfe {bound.nfe}, {bound.seconds:.1f} seconds")
 
 
 def _model(values: flags.FlagValues, config: ConfigDict | None) -> tuple[DiffusionModel, dict[str, Any]]:
@@ -275,4 +323,5 @@ _COMMANDS: dict[str, tuple[Define, Run]] = {
     "train": (_define_train, _train),
     "sample": (_define_sample, _sample),
     "likelihood": (_define_likelihood, _likelihood),
+    "bound": (_define_bound, _bound),
 }

@@ -11,6 +11,13 @@ A mixture Σ w_k N(m_k, C_k) stays one, with means α m_k and covariances S_k = 
     Cov[x₀ | x, k] = σ² C_k S_k⁻¹                       p(k | x) ∝ w_k N(x; α m_k, S_k)
 
 N points x⁽ⁱ⁾ are the mixture of N with C = 0:  p(i | x) = softmax_i(−‖x − α x⁽ⁱ⁾‖²/2σ²).
+
+One step of a chain is reversed exactly by drawing x₀ ~ q(x₀ | x_{t+1}) and then x_t, whose law given both is Gaussian.
+For N points this is the mixture
+
+    q(x_t | x_{t+1}) = Σ_i p(i | x_{t+1}) N(a_t x⁽ⁱ⁾ + b_t x_{t+1}, v_t I)
+
+For small steps it is nearly one Gaussian, of the mixture's mean and of the variance σ²_{t+1} of the step.
 """
 
 from __future__ import annotations
@@ -18,13 +25,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sde_diffusion.model import Model, Prediction, check_finite
 from sde_diffusion.sde import SDE, expand_to
+
+if TYPE_CHECKING:
+    from sde_diffusion.chain import GaussianChain
 
 
 class Distribution(ABC):
@@ -48,10 +58,33 @@ class Distribution(ABC):
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw x₀ (n, *data_shape) on the generator's device."""
 
+    @abstractmethod
+    def draw_given(self, x: Tensor, alpha: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw x₀ ~ q(x₀ | α x₀ + σ ε = x), of x's shape (B, *data_shape)."""
+
     @property
     @abstractmethod
     def device(self) -> torch.device:
         """Where its tensors are."""
+
+    def reverse_step(self, x: Tensor, t: int, chain: GaussianChain, generator: torch.Generator) -> Tensor:
+        """Draw x_t ~ q(x_t | x_{t+1} = x), exactly, for a chain whose x₀ has this distribution.
+
+        Args:
+            x: state t + 1, (B, *data_shape).
+            t: 0…T−1.
+            chain: the noising process.
+            generator: of the random numbers, on x's device.
+
+        Raises:
+            ValueError: for t outside 0…T−1.
+        """
+        if not 0 <= t < len(chain):
+            raise ValueError(f"t = {t}: must be in 0…{len(chain) - 1}")
+        a, b, v = (coefficient[t].to(x) for coefficient in chain.posterior())
+        x0 = self.draw_given(x, chain.marginal_scales[t + 1].to(x), chain.marginal_stds[t + 1].to(x), generator)
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        return a * x0 + b * x + v.sqrt() * noise
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """Draw x₀ (n, *data_shape)."""
@@ -193,6 +226,18 @@ class GaussianMixture(Distribution):
             x[rows] += (eigenvalues.sqrt() * z[rows]) @ vectors.T
         return x.reshape(n, *self.data_shape)
 
+    def draw_given(self, x: Tensor, alpha: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw a component from p(k | x), and then from its Gaussian posterior."""
+        rotated, variance = self._rotate(x, alpha, sigma)
+        weight = torch.softmax(self._log_joint(rotated, variance), 1)
+        component = torch.multinomial(weight, 1, generator=generator)[:, 0]
+        rows = torch.arange(len(x), device=x.device)
+        rotated, share = rotated[rows, component], self.eigenvalues.to(x)[component] / variance[rows, component]
+        z = torch.randn(rotated.shape, generator=generator, device=x.device, dtype=x.dtype)
+        coordinates = alpha.reshape(-1, 1) * share * rotated + sigma.reshape(-1, 1) * share.sqrt() * z
+        offset = torch.einsum("bij,bj->bi", self.eigenvectors.to(x)[component], coordinates)
+        return (self.means.to(x)[component] + offset).reshape(x.shape)
+
     def _rotate(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """x − α m_k in each component's eigenbasis, and the variances there; both (B, K, D)."""
         centred = x.flatten(1)[:, None] - alpha.reshape(-1, 1, 1) * self.means.to(x)
@@ -240,7 +285,8 @@ class Empirical(Distribution):
         self.points, self.chunk, self.data_shape = points.flatten(1), chunk, tuple(points.shape[1:])
 
     def predict(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
-        """The points' softmax average, and the noise that it leaves."""
+        """The points' softmax average, and the noise that it leaves; at σ = 0, where x is a point, x and 0."""
+        sigma = _not_zero(sigma)
         x0 = self._moments(x, alpha, sigma)[0].to(x.dtype).reshape(x.shape)
         return Prediction(x0, (x - expand_to(alpha, x) * x0) / expand_to(sigma, x))
 
@@ -258,6 +304,10 @@ class Empirical(Distribution):
         constant = dimension * (torch.log(sigma.double()) + 0.5 * math.log(2 * math.pi)) + math.log(len(self.points))
         return (total - constant).to(x.dtype)
 
+    def posterior_weights(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """p(i | x) (B, N), for few enough points that it fits in memory."""
+        return torch.cat([w for _, w in self._chunks(x, alpha, _not_zero(sigma))], 1).softmax(1).to(x.dtype)
+
     @property
     def device(self) -> torch.device:
         """Where its points are."""
@@ -267,6 +317,20 @@ class Empirical(Distribution):
         """Draw points with replacement."""
         index = torch.randint(len(self.points), (n,), generator=generator, device=self.device)
         return self.points[index].reshape(n, *self.data_shape)
+
+    def draw_given(self, x: Tensor, alpha: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw points with probabilities p(i | x), in one pass over the chunks."""
+        total = x.new_full((len(x),), -math.inf, dtype=torch.float64)
+        drawn = torch.zeros_like(x.flatten(1))
+        for points, log_weight in self._chunks(x, alpha, _not_zero(sigma)):
+            weight_here = torch.logsumexp(log_weight, 1)
+            total = torch.logaddexp(total, weight_here)
+            within = torch.exp(log_weight - weight_here[:, None])
+            candidate = points[torch.multinomial(within, 1, generator=generator)[:, 0]].to(x)
+            # The chunk's share of all weight so far: in the end every chunk has been kept with its share of all.
+            u = torch.rand(len(x), generator=generator, device=x.device, dtype=torch.float64)
+            drawn = torch.where((u < torch.exp(weight_here - total))[:, None], candidate, drawn)
+        return drawn.reshape(x.shape)
 
     def _moments(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Averages of the points (B, D) and of their squared norms (B,), accumulated chunk by chunk in float64."""
@@ -291,3 +355,8 @@ class Empirical(Distribution):
             cross = flat @ points.T
             distance = flat.square().sum(1, keepdim=True) - 2 * scale * cross + scale.square() * points.square().sum(1)
             yield points, -distance / (2 * sigma.double().square().reshape(-1, 1))
+
+
+def _not_zero(sigma: Tensor) -> Tensor:
+    """σ, or for 0 the smallest number whose square is not 0: the limit in which only the nearest point counts."""
+    return sigma.clamp(min=math.sqrt(torch.finfo(sigma.dtype).tiny))

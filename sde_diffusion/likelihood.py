@@ -162,12 +162,9 @@ def bits_per_dim(
     info = model.data
     if info.bits is None:
         raise ValueError("model.data.bits is None: bits/dim needs discrete data; use log_likelihood")
-    if images.is_floating_point() or images.shape[1:] != model.data_shape:
-        raise ValueError(
-            f"images is {images.dtype} of shape {tuple(images.shape)}: need integers (B, *{tuple(model.data_shape)})"
-        )
-    if len(images) and not 0 <= int(images.min()) <= int(images.max()) < 2**info.bits:
-        raise ValueError(f"images has values in [{images.min()}, {images.max()}]: need 0 to {2**info.bits - 1}")
+    info.check_codes("images", images)
+    if images.shape[1:] != model.data_shape:
+        raise ValueError(f"images has shape {tuple(images.shape)}: need (B, *{tuple(model.data_shape)})")
 
     def dequantize(codes: Tensor, streams: Streams) -> Tensor:
         return info.dequantize(codes, streams.uniform(codes.shape[1:]))

@@ -3,20 +3,35 @@ r"""What knows the score: a model's one primitive is the pair (x̂₀, ε̂) wit
     s = −ε̂/σ                                    score
     u = α̇ x̂₀ + σ̇ ε̂                              velocity of the probability-flow ODE
 
-A network puts out one of these, and the pair follows (α, σ at time t):
+A network puts out F, a combination of x₀ and ε. With x, these are two equations for the pair (α, σ at time t):
 
-    eps      ε̂ = F                               x̂₀ = (x − σ F)/α              Ho et al. 2020
-    x0       x̂₀ = F                              ε̂ = (x − α F)/σ
-    v        x̂₀ = (α x − σ F)/(α² + σ²)          ε̂ = (σ x + α F)/(α² + σ²)     Salimans & Ho 2022
-    score    ε̂ = −σ F                            x̂₀ = (x + σ² F)/α             Song et al. 2021
-    edm      x̂₀ = α σ_d² x/n² + σ σ_d F/n        ε̂ = σ x/n² − α σ_d F/n        Karras et al. 2022
+    eps      F = ε                     ε̂ = F                      x̂₀ = (x − σ F)/α            Ho et al. 2020
+    x0       F = x₀                    x̂₀ = F                     ε̂ = (x − α F)/σ             Ho et al. 2020
+    v        F = α ε − σ x₀            x̂₀ = (α x − σ F)/n²        ε̂ = (σ x + α F)/n²          Salimans & Ho 2022
+    score    F = −ε/σ                  ε̂ = −σ F                   x̂₀ = (x + σ² F)/α           Song et al. 2021
+    flow     F = α̇ x₀ + σ̇ ε            x̂₀ = (σ̇ x − σ F)/d         ε̂ = (α F − α̇ x)/d           Lipman et al. 2023
+    edm      F = (σ x₀/σ_d − α σ_d ε)/n_d
+                                       x̂₀ = σ_d (α σ_d x/n_d + σ F)/n_d
+                                       ε̂ = (σ x/n_d − α σ_d F)/n_d                            Karras et al. 2022
+    mean     F = a x₀ + b x            x̂₀ = (F − b x)/a           ε̂ = (x − α x̂₀)/σ            Ho et al. 2020, eq. 7
 
-with n² = σ² + α² σ_d² in the last, whose network sees x/n and ¼ log(σ/α). In the variables x' = x/α and σ' = σ/α
-these are that paper's c_in, c_skip, c_out and c_noise; written this way nothing cancels at either end of time.
+with n² = α² + σ², n_d² = σ² + α² σ_d² and d = α σ̇ − α̇ σ. The network of "edm" sees x/n_d and ¼ log(σ/α); in the
+variables x' = x/α and σ' = σ/α its lines are that paper's c_in, c_skip, c_out and c_noise, written so that nothing
+cancels at either end of time. "mean" is E[x_s | x_t] of the state at s = t − Δ, with the posterior's
+
+    share = 1 − SNR_t/SNR_s        a = α_s share        b = (α_t/α_s) σ_s²/σ_t²        (a = 1, b = 0 for s ≤ 0)
+
+A network with twice the channels also learns the variance of a reverse step, by its second half, in [−1, 1]:
+
+    log σ̃² = fraction log σ²_{t+1} + (1 − fraction) log v_t        fraction = (output + 1)/2
+
+between the two that are right for data of one point (v) and of N(0, I); Nichol & Dhariwal 2021 (arXiv:2102.09672),
+equation 15. Sources: arXiv:2006.11239, 2202.00512, 2011.13456, 2210.02747, 2206.00364.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +49,18 @@ class Prediction(NamedTuple):
 
     x0: Tensor
     eps: Tensor
+
+
+class VariancePrediction(Prediction):
+    """The same pair, from a network that learns variances too: ``fraction``, of x's shape, is where log σ̃² lies."""
+
+    fraction: Tensor
+
+    def __new__(cls, x0: Tensor, eps: Tensor, fraction: Tensor) -> VariancePrediction:
+        """Join the pair and the fraction, 0 for the posterior's variance and 1 for the noising one."""
+        self = super().__new__(cls, x0, eps)
+        self.fraction = fraction
+        return self
 
 
 class Model(ABC):
@@ -73,6 +100,13 @@ class Model(ABC):
         """α̇ x̂₀ + σ̇ ε̂, the right-hand side dx/dt of the probability-flow ODE."""
         return self.sde.reverse(self, eta=0.0).drift(x, t, **cond)
 
+    def check_time(self, name: str, t: float) -> float:
+        """Return t, or raise a ValueError that names the argument if the pair is not determined there.
+
+        It is not outside [0, T]. A network's output may not determine it where α or σ is 0.
+        """
+        return self.sde.check_time(name, t)
+
     def check_data(self, name: str, x: Tensor) -> None:
         """Raise a ValueError that names the argument unless x is a floating (B, *data_shape)."""
         if x.ndim != len(self.data_shape) + 1 or tuple(x.shape[1:]) != tuple(self.data_shape):
@@ -88,37 +122,140 @@ def check_finite(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}[{int((~finite).nonzero()[0])}] holds NaN or infinite values")
 
 
-def _from_eps(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
-    return Prediction((x - sigma * output) / alpha, output)
+class Parametrization:
+    """What a network puts out at times t: its output F from the pair, and the pair from F."""
+
+    def __init__(self, model: DiffusionModel, t: Tensor, x: Tensor):
+        """Compute the coefficients for t, () or (B,), in the shape that multiplies x (B, ...)."""
+        self.alpha, self.sigma = expand_to(model.sde.alpha(t), x), expand_to(model.sde.sigma(t), x)
+
+    def network_input(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network is called with."""
+        return x, t
+
+    def output(self, x0: Tensor, eps: Tensor) -> Tensor:
+        """F, all of x's shape."""
+        raise NotImplementedError(f"{type(self).__name__} must define output(x0, eps)")
+
+    def pair(self, output: Tensor, x: Tensor) -> Prediction:
+        """The pair with α x̂₀ + σ ε̂ = x whose ``output`` this is."""
+        raise NotImplementedError(f"{type(self).__name__} must define pair(output, x)")
 
 
-def _from_x0(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
-    return Prediction(output, (x - alpha * output) / sigma)
+class _Eps(Parametrization):
+    def output(self, x0: Tensor, eps: Tensor) -> Tensor:
+        return eps
+
+    def pair(self, output: Tensor, x: Tensor) -> Prediction:
+        return Prediction((x - self.sigma * output) / self.alpha, output)
 
 
-def _from_v(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
-    square = alpha.square() + sigma.square()
-    return Prediction((alpha * x - sigma * output) / square, (sigma * x + alpha * output) / square)
+class _X0(Parametrization):
+    def output(self, x0: Tensor, eps: Tensor) -> Tensor:
+        return x0
+
+    def pair(self, output: Tensor, x: Tensor) -> Prediction:
+        return Prediction(output, (x - self.alpha * output) / self.sigma)
 
 
-def _from_score(output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
-    return _from_eps(-sigma * output, x, alpha, sigma)
+class _V(Parametrization):
+    def output(self, x0: Tensor, eps: Tensor) -> Tensor:
+        return self.alpha * eps - self.sigma * x0
+
+    def pair(self, output: Tensor, x: Tensor) -> Prediction:
+        square = self.alpha.square() + self.sigma.square()
+        return Prediction(
+            (self.alpha * x - self.sigma * output) / square,
+            (self.sigma * x + self.alpha * output) / square,
+        )
 
 
-_FROM_OUTPUT: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Prediction]] = {
-    "eps": _from_eps,
-    "x0": _from_x0,
-    "v": _from_v,
-    "score": _from_score,
+class _Score(_Eps):
+    def output(self, x0: Tensor, eps: Tensor) -> Tensor:
+        return -eps / self.sigma
+
+    def pair(self, output: Tensor, x: Tensor) -> Prediction:
+        return super().pair(-self.sigma * output, x)
+
+
+class _Flow(Parametrization):
+    def __init__(self, model: DiffusionModel, t: Tensor, x: Tensor):
+        super().__init__(model, t, x)
+        self.alpha_dot, self.sigma_dot = expand_to(model.sde.alpha_dot(t), x), expand_to(model.sde.sigma_dot(t), x)
+
+    def output(self, x0: Tensor, eps: Tensor) -> Tensor:
+        return self.alpha_dot * x0 + self.sigma_dot * eps
+
+    def pair(self, output: Tensor, x: Tensor) -> Prediction:
+        determinant = self.alpha * self.sigma_dot - self.alpha_dot * self.sigma
+        return Prediction(
+            (self.sigma_dot * x - self.sigma * output) / determinant,
+            (self.alpha * output - self.alpha_dot * x) / determinant,
+        )
+
+
+class _EDM(Parametrization):
+    def __init__(self, model: DiffusionModel, t: Tensor, x: Tensor):
+        super().__init__(model, t, x)
+        self.sigma_data, self.log_snr = model.sigma_data, model.sde.log_snr(t)
+        self.norm = torch.sqrt(self.sigma.square() + (self.sigma_data * self.alpha).square())
+        self.signal, self.noise = self.sigma_data * self.alpha / self.norm, self.sigma / self.norm
+
+    def network_input(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        # Infinite where α or σ is 0, which no network could take.
+        return x / self.norm, (-self.log_snr / 8).clamp(-_LARGEST_C_NOISE, _LARGEST_C_NOISE)
+
+    def output(self, x0: Tensor, eps: Tensor) -> Tensor:
+        return self.noise * x0 / self.sigma_data - self.signal * eps
+
+    def pair(self, output: Tensor, x: Tensor) -> Prediction:
+        return Prediction(
+            self.sigma_data * (self.signal * x / self.norm + self.noise * output),
+            self.noise * x / self.norm - self.signal * output,
+        )
+
+
+class _Mean(_X0):
+    def __init__(self, model: DiffusionModel, t: Tensor, x: Tensor):
+        super().__init__(model, t, x)
+        # In float64: t − Δ, and the share of the noise that is added in between, cancel.
+        sde, t = model.sde, t.double()
+        s = (t - model.mean_step).clamp(min=0)
+        share = -torch.expm1(sde.log_snr(t) - sde.log_snr(s))
+        b = sde.alpha(t) / sde.alpha(s) * (sde.sigma(s) / sde.sigma(t)).square()
+        # The first state of a chain is the data, even where an SDE's σ(0) is not 0.
+        alpha_s = torch.where(s > 0, sde.alpha(s), 1.0)
+        a, b = torch.where(s > 0, alpha_s * share, 1.0), torch.where(s > 0, b, 0.0)
+        self.alpha_s, self.a, self.b = (expand_to(value.to(x), x) for value in (alpha_s, a, b))
+
+    def output(self, x0: Tensor, eps: Tensor) -> Tensor:
+        # a + b α_t = α_s: the mean of x_s given x₀ is α_s x₀.
+        return self.alpha_s * x0 + self.b * self.sigma * eps
+
+    def pair(self, output: Tensor, x: Tensor) -> Prediction:
+        return super().pair((output - self.b * x) / self.a, x)
+
+
+# ¼ log of float32's largest number: beyond it lie no σ/α but 0 and infinity.
+_LARGEST_C_NOISE = 0.25 * math.log(torch.finfo(torch.float32).max)
+
+PREDICTIONS: dict[str, type[Parametrization]] = {
+    "eps": _Eps,
+    "x0": _X0,
+    "v": _V,
+    "score": _Score,
+    "flow": _Flow,
+    "edm": _EDM,
+    "mean": _Mean,
 }
-PREDICTIONS = (*_FROM_OUTPUT, "edm")
 
 
 class DiffusionModel(nn.Module, Model):
     """A network with the SDE it is trained for, what it predicts, and the shape and range of its data.
 
-    The network is called as ``network(x, t, **cond)`` with x (B, *data_shape) and t (B,); for "edm" it is given x/n
-    and ¼ log(σ/α) in their place. Its output has x's shape. It runs in its parameters' dtype, whatever x's is.
+    The network is called as ``network(x, t, **cond)`` with x (B, *data_shape) and t (B,); for "edm" it is given
+    x/n_d and ¼ log(σ/α) in their place. Its output has x's shape, or twice the channels, which are the first axis
+    of an example, if it learns variances. It runs in its parameters' dtype, whatever x's is.
     """
 
     def __init__(
@@ -130,28 +267,37 @@ class DiffusionModel(nn.Module, Model):
         data_shape: Sequence[int],
         data: DataInfo | None = None,
         sigma_data: float = 0.5,
+        mean_step: float = 1e-3,
+        learned_variance: bool = False,
     ):
         """Join network and SDE.
 
         Args:
             network: a module, or any function of (x, t, **cond).
             sde: the noising process.
-            prediction: one of "eps", "x0", "v", "score", "edm".
+            prediction: a key of ``PREDICTIONS``: "eps", "x0", "v", "score", "flow", "edm" or "mean".
             data_shape: shape of one example.
             data: range and bit depth of the data; the default is real-valued data.
             sigma_data: σ_d, the standard deviation of the data a dimension; only "edm" uses it.
+            mean_step: Δ, how much earlier the state is that "mean" predicts, which is x₀ for t <= Δ; only "mean"
+                uses it.
+            learned_variance: whether the second half of the network's channels chooses a reverse step's variance.
 
         Raises:
-            ValueError: for an unknown prediction or a sigma_data that is not positive.
+            ValueError: for an unknown prediction, a sigma_data or mean_step that is not positive, or learned
+                variances of data without an axis.
         """
         super().__init__()
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction = {prediction!r}: must be one of {', '.join(PREDICTIONS)}")
-        if not sigma_data > 0:
-            raise ValueError(f"sigma_data = {sigma_data}: must be positive")
+        for name, value in (("sigma_data", sigma_data), ("mean_step", mean_step)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} = {value}: must be positive and finite")
+        if learned_variance and not len(data_shape):
+            raise ValueError("learned_variance = True: data_shape = () has no axis of channels to double")
         self.network, self.sde, self.prediction = network, sde, prediction
         self.data_shape, self.data = tuple(data_shape), data or DataInfo(bits=None)
-        self.sigma_data = float(sigma_data)
+        self.sigma_data, self.mean_step, self.learned_variance = float(sigma_data), float(mean_step), learned_variance
 
     @property
     def device(self) -> torch.device:
@@ -164,25 +310,56 @@ class DiffusionModel(nn.Module, Model):
         return next((p.dtype for p in self.parameters()), torch.get_default_dtype())
 
     def predict(self, x: Tensor, t: Tensor | float, **cond: Any) -> Prediction:
-        """Estimate x₀ and ε; keyword arguments, such as ``label``, go to the network."""
+        """Estimate x₀ and ε; keyword arguments, such as ``label``, go to the network.
+
+        With learned variances the pair is a ``VariancePrediction``, with their ``fraction``.
+        """
         self.check_data("x", x)
         t = self.sde.as_time(t, x)
-        alpha, sigma = expand_to(self.sde.alpha(t), x), expand_to(self.sde.sigma(t), x)
-        if self.prediction != "edm":
-            return _FROM_OUTPUT[self.prediction](self._run(x, t, cond), x, alpha, sigma)
-        norm = torch.sqrt(sigma.square() + (self.sigma_data * alpha).square())
-        output = self._run(x / norm, -self.sde.log_snr(t) / 8, cond)
-        signal, noise = self.sigma_data * alpha / norm, sigma / norm
-        return Prediction(
-            self.sigma_data * (signal * x / norm + noise * output),
-            noise * x / norm - signal * output,
-        )
+        parametrization = PREDICTIONS[self.prediction](self, t, x)
+        output = self._run(*parametrization.network_input(x, t), cond)
+        if not self.learned_variance:
+            return parametrization.pair(output, x)
+        output, variance = output.chunk(2, dim=1)
+        return VariancePrediction(*parametrization.pair(output, x), (variance + 1) / 2)
+
+    def output_for(self, x0: Tensor, eps: Tensor, t: Tensor | float) -> Tensor:
+        """What the network should put out for this x₀ and ε (B, *data_shape) at t, () or (B,): the regression target.
+
+        It is the inverse of ``predict``, and of their shape: it holds no target for learned variances.
+        """
+        self.check_data("x0", x0)
+        self.check_data("eps", eps)
+        return PREDICTIONS[self.prediction](self, self.sde.as_time(t, x0), x0).output(x0, eps)
+
+    def check_time(self, name: str, t: float) -> float:
+        """Return t, or raise a ValueError that names the argument if it is outside [0, T] or no pair follows there.
+
+        An output cannot determine both parts of the pair where it says no more than x does: "eps" and "score" at
+        α = 0, "x0" and "mean" at σ = 0.
+        """
+        super().check_time(name, t)
+        if not self._determines(self.prediction, t):
+            able = [prediction for prediction in PREDICTIONS if self._determines(prediction, t)]
+            raise ValueError(
+                f"{name} = {t}: prediction {self.prediction!r} does not determine x0 and eps there, at an end of "
+                f"{self.sde}: need a time in [{self.sde.t_min}, {self.sde.t_max}], or one of {', '.join(able)}"
+            )
+        return float(t)
+
+    def _determines(self, prediction: str, t: float) -> bool:
+        """Whether the pair is finite at t, and no rounding error of x or F grows to all there is of it."""
+        time, zero, one = torch.tensor([[t], [0.0], [1.0]], dtype=torch.float64)
+        parametrization = PREDICTIONS[prediction](self, time, one)
+        gains = torch.cat([*parametrization.pair(zero, one), *parametrization.pair(one, zero)])
+        return bool((gains.abs() < 1 / torch.finfo(self.dtype).eps).all())
 
     def _run(self, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
         parameter = next(self.parameters(), x)
         output = self.network(x.to(parameter.dtype), t.to(parameter.dtype).expand(len(x)), **cond)
-        if output.shape != x.shape:
-            raise ValueError(f"network returned shape {tuple(output.shape)}: must be that of x, {tuple(x.shape)}")
+        shape = (len(x), 2 * x.shape[1], *x.shape[2:]) if self.learned_variance else x.shape
+        if output.shape != shape:
+            raise ValueError(f"network returned shape {tuple(output.shape)}: must be {tuple(shape)}")
         return output.to(x.dtype)
 
 

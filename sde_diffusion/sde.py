@@ -10,10 +10,12 @@ Reverse time (dt < 0), score s = ∇ log p_t, and one knob η ≥ 0 that leaves 
     dx = [f x − ½ (1 + η²) g² s] dt + η g dW̄
 
 η = 1 is the reverse SDE, η = 0 the probability-flow ODE. Written with the data and noise predictions,
-x = α x̂₀ + σ ε̂ and s = −ε̂/σ, the drift is  α̇ x̂₀ + σ̇ ε̂ + ½ η² g² ε̂/σ,  which stays finite where f and g² do not.
+x = α x̂₀ + σ ε̂ and s = −ε̂/σ, the drift is  α̇ x̂₀ + σ̇ ε̂ + ½ (η g)² ε̂/σ,  whose first two terms stay finite where f and
+g do not. η may vary with time. Where g is infinite it is the noise level η(t) g(t) that must be given, as a function
+of time: no marginal depends on it either.
 
 Sources: Song et al. 2021 (arXiv:2011.13456), sections 3 and 4 and appendix B; Kingma et al. 2021 (arXiv:2107.00630);
-Karras et al. 2022 (arXiv:2206.00364).
+Karras et al. 2022 (arXiv:2206.00364); Ma et al. 2024 (arXiv:2401.08740), for the free noise level.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from sde_diffusion.chain import GaussianChain
     from sde_diffusion.model import Model
+
+TimeFunction = Callable[[Tensor], Tensor]
 
 # Outside these the weaker of signal and noise is under a thousandth of the stronger, and float32 would keep
 # only four digits of it.
@@ -60,11 +64,11 @@ class SDE:
 
     def alpha_dot(self, t: Tensor) -> Tensor:
         """dα/dt."""
-        return _derivative(self.alpha, t)
+        return derivative(self.alpha, t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:
         """dσ/dt."""
-        return _derivative(self.sigma, t)
+        return derivative(self.sigma, t)
 
     def drift_coefficient(self, t: Tensor) -> Tensor:
         """f(t) of the drift f(t) x."""
@@ -151,15 +155,31 @@ class SDE:
         """The number t at which u = log(σ/α)."""
         return float(self.t_from_log_snr(torch.tensor(-2 * u, dtype=torch.float64)))
 
-    def reverse_rates(self, t: Tensor, eta: float) -> tuple[Tensor, Tensor]:
-        """What multiplies x̂₀ and ε̂ in the reverse drift: (α̇, σ̇ + ½ η² g²/σ)."""
+    def reverse_diffusion(self, t: Tensor, eta: float | TimeFunction) -> Tensor:
+        """Noise of the reverse SDE at t, of t's shape: η g(t) for a number η, else the level eta(t) itself.
+
+        Raises:
+            ValueError: if eta(t) is not a tensor of t's shape.
+        """
+        if not callable(eta):
+            # Not 0 · g, as g may be infinite.
+            return eta * self.diffusion(t) if eta else torch.zeros_like(t)
+        level = eta(t)
+        if not isinstance(level, Tensor) or level.shape != t.shape:
+            got = tuple(level.shape) if isinstance(level, Tensor) else repr(level)
+            raise ValueError(f"eta(t) = {got} for t of shape {tuple(t.shape)}: must be a tensor of that shape")
+        return level
+
+    def reverse_rates(self, t: Tensor, eta: float | TimeFunction) -> tuple[Tensor, Tensor]:
+        """What multiplies x̂₀ and ε̂ in the reverse drift: (α̇, σ̇ + ½ w²/σ) with w = ``reverse_diffusion(t, eta)``."""
         noise_rate = self.sigma_dot(t)
-        if eta:
-            noise_rate = noise_rate + 0.5 * (eta * self.diffusion(t)).square() / self.sigma(t)
+        # The ODE is regular at times where g²/σ is not.
+        if callable(eta) or eta:
+            noise_rate = noise_rate + 0.5 * self.reverse_diffusion(t, eta).square() / self.sigma(t)
         return self.alpha_dot(t), noise_rate
 
-    def reverse(self, model: Model, eta: float = 1.0) -> ReverseSDE:
-        """The diffusion run backwards with the model's score: η = 1 the reverse SDE, η = 0 the ODE."""
+    def reverse(self, model: Model, eta: float | TimeFunction = 1.0) -> ReverseSDE:
+        """The diffusion run backwards with the model's score; see ``ReverseSDE`` for η."""
         return ReverseSDE(self, model, eta)
 
     def discretize(self, steps: int | Sequence[float]) -> GaussianChain:
@@ -195,16 +215,29 @@ class SDE:
 
     def __repr__(self) -> str:
         """Name and parameters, as one would write them."""
-        parameters = ", ".join(f"{k}={v}" for k, v in vars(self).items() if k not in ("t_min", "t_max"))
+        parameters = ", ".join(
+            f"{k}={v}" for k, v in vars(self).items() if k not in ("t_min", "t_max") and not k.startswith("_")
+        )
         return f"{type(self).__name__}({parameters})"
 
 
 class ReverseSDE:
     """dx = [f x − ½ (1 + η²) g² s] dt + η g dW̄, to be run from t = T down to 0."""
 
-    def __init__(self, sde: SDE, model: Model, eta: float = 1.0):
-        """Reverse ``sde`` with the score of ``model``; ``eta`` scales the noise."""
-        self.sde, self.model, self.eta = sde, model, non_negative("eta", eta)
+    def __init__(self, sde: SDE, model: Model, eta: float | TimeFunction = 1.0):
+        """Reverse ``sde`` with the score of ``model``.
+
+        Args:
+            sde: the diffusion.
+            model: what knows its score.
+            eta: a number η >= 0 that scales the noise g: 1 for the reverse SDE, 0 for the ODE. Or a function of time,
+                which is then the whole noise level w(t) = η(t) g(t): a tensor of t's shape, at least 0, in the units
+                of g. A finite w can start at T where g(T) is infinite; where σ(t) is 0, w must be 0 too.
+
+        Raises:
+            ValueError: for a number that is negative or not finite.
+        """
+        self.sde, self.model, self.eta = sde, model, check_eta(eta)
 
     def drift(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         """The bracket above, of x's shape (B, ...); t is () or (B,)."""
@@ -214,8 +247,8 @@ class ReverseSDE:
         return expand_to(data_rate, x) * x0 + expand_to(noise_rate, x) * eps
 
     def diffusion(self, t: Tensor) -> Tensor:
-        """η g(t)."""
-        return self.eta * self.sde.diffusion(t)
+        """η g(t), or the noise level that was given in its place."""
+        return self.sde.reverse_diffusion(t, self.eta)
 
 
 def drift_in_log_noise(
@@ -223,16 +256,18 @@ def drift_in_log_noise(
     predict: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     x: Tensor,
     u: Tensor,
-    eta: float = 0.0,
+    eta: float | TimeFunction = 0.0,
 ) -> Tensor:
     """The reverse drift over u = log(σ/α) in place of t, with predict(x, t) -> (x̂₀, ε̂); its noise is η √2 σ dW̄.
+
+    That of a noise level w(t) given as eta is w √(dt/du) dW̄.
 
     Args:
         sde: the diffusion.
         predict: the model's primitive.
         x: state (B, ...).
         u: (), in float64.
-        eta: 0 for the probability-flow ODE.
+        eta: as in ``ReverseSDE``; 0 for the probability-flow ODE.
     """
     t, dt_du = sde.time_change(u)
     data_rate, noise_rate = (rate * dt_du for rate in sde.reverse_rates(t, eta))
@@ -414,10 +449,164 @@ class EDMSDE(SDE):
         return f"EDMSDE(sigma_min={self.sigma_min}, sigma_max={self.sigma_max})"
 
 
-SDES: dict[str, type[SDE]] = {"vp": VPSDE, "subvp": SubVPSDE, "ve": VESDE, "edm": EDMSDE}
+class CosineVPSDE(SDE):
+    r"""Variance preserving with α a cosine: Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 17, in continuous time.
+
+    With offset s, φ(t) = c (t + s), c = π/(2 (1 + s)) and φ₀ = φ(0):
+
+        α = cos φ/cos φ₀ = sin(c (1 − t))/cos φ₀        σ² = sin(c t) sin(c (t + 2s))/cos² φ₀
+        g² = −2f = 2c tan φ, infinite at t = 1
+
+    the products of sines being what does not cancel at either end.
+    """
+
+    def __init__(self, offset: float = 0.008):
+        """Set s, which keeps σ from rising too fast at t = 0.
+
+        Raises:
+            ValueError: if it is negative or not finite.
+        """
+        self.offset = non_negative("offset", offset)
+
+    prior_std = 1.0
+
+    @property
+    def _frequency(self) -> float:
+        return 0.5 * math.pi / (1 + self.offset)
+
+    @property
+    def _phase(self) -> float:
+        return self._frequency * self.offset
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """cos φ/cos φ₀."""
+        return torch.sin(self._frequency * (1 - t)) / math.cos(self._phase)
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        """−c sin φ/cos φ₀."""
+        return -self._frequency * torch.sin(self._frequency * (t + self.offset)) / math.cos(self._phase)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """√(1 − α²)."""
+        sines = torch.sin(self._frequency * t) * torch.sin(self._frequency * (t + 2 * self.offset))
+        return torch.sqrt(sines) / math.cos(self._phase)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        """−α α̇/σ."""
+        return -self.alpha(t) * self.alpha_dot(t) / self.sigma(t)
+
+    def drift_coefficient(self, t: Tensor) -> Tensor:
+        """−c tan φ, with cos φ = sin(c (1 − t))."""
+        angle = self._frequency * (t + self.offset)
+        return -self._frequency * torch.sin(angle) / torch.sin(self._frequency * (1 - t))
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        """√(2c tan φ)."""
+        return torch.sqrt(-2 * self.drift_coefficient(t))
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """Logarithms of the sines."""
+        noise = torch.sin(self._frequency * t).log() + torch.sin(self._frequency * (t + 2 * self.offset)).log()
+        return 2 * torch.sin(self._frequency * (1 - t)).log() - noise
+
+    def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
+        """The angle c t = φ − φ₀, from its sine σ² cos φ₀/(sin φ + α sin φ₀) and cosine α cos² φ₀ + sin φ sin φ₀."""
+        alpha, variance = torch.sqrt(torch.sigmoid(log_snr)), torch.sigmoid(-log_snr)
+        sin_phase, cos_phase = math.sin(self._phase), math.cos(self._phase)
+        sin = torch.sqrt(sin_phase**2 + variance * cos_phase**2)
+        cosine = (alpha * cos_phase**2 + sin * sin_phase) * (sin + alpha * sin_phase)
+        return (torch.atan2(variance * cos_phase, cosine) / self._frequency).clamp(max=self.T)
 
 
-def _derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+class ConstantVESDE(SDE):
+    """Noise at a constant rate: α = 1, σ² = σ_q² t, g = σ_q. Nakkiran et al. 2024 (arXiv:2406.08929)."""
+
+    def __init__(self, sigma_q: float = 50.0):
+        """Set the noise at t = 1, in the units of the data.
+
+        Raises:
+            ValueError: unless it is positive and finite.
+        """
+        if not 0 < sigma_q < math.inf:
+            raise ValueError(f"sigma_q = {sigma_q}: must be positive and finite")
+        self.sigma_q = float(sigma_q)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """1."""
+        return torch.ones_like(t)
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        """0."""
+        return torch.zeros_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """σ_q √t."""
+        return self.sigma_q * torch.sqrt(t)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        """½ σ_q/√t."""
+        return 0.5 * self.sigma_q / torch.sqrt(t)
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        """σ_q."""
+        return torch.full_like(t, self.sigma_q)
+
+    def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
+        """e^{−log-SNR}/σ_q²."""
+        return (torch.exp(-log_snr) / self.sigma_q**2).clamp(max=self.T)
+
+
+class FlowSDE(SDE):
+    """The straight path from data to noise: α = 1 − t, σ = t, f = −1/(1 − t), g² = 2t/(1 − t).
+
+    Its ODE, rectified flow, has the velocity ε̂ − x̂₀ and is regular over all of [0, 1]. Its g is infinite at t = 1:
+    stochastic solvers start at t_max, or anywhere with a finite noise level w(t) in place of g, given as eta, such as
+    w = √(2t). Liu et al. 2022 (arXiv:2209.03003); Lipman et al. 2022 (arXiv:2210.02747).
+    """
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """1 − t."""
+        return 1 - t
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        """−1."""
+        return -torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """t."""
+        return t
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        """1."""
+        return torch.ones_like(t)
+
+    def drift_coefficient(self, t: Tensor) -> Tensor:
+        """−1/(1 − t)."""
+        return -1 / (1 - t)
+
+    def diffusion(self, t: Tensor) -> Tensor:
+        """√(2t/(1 − t))."""
+        return torch.sqrt(2 * t / (1 - t))
+
+    def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
+        """1/(1 + e^{½ log-SNR})."""
+        return torch.sigmoid(-0.5 * log_snr)
+
+
+# What a config can name; the fields of its section are the class's arguments. A user's own is one line:
+# SDES["mine"] = MySDE, whose arguments have defaults that a config file can hold.
+SDES: dict[str, type[SDE]] = {
+    "vp": VPSDE,
+    "subvp": SubVPSDE,
+    "ve": VESDE,
+    "edm": EDMSDE,
+    "cosine": CosineVPSDE,
+    "constant_ve": ConstantVESDE,
+    "flow": FlowSDE,
+}
+
+
+def derivative(function: TimeFunction, t: Tensor) -> Tensor:
     """Elementwise derivative by forward-mode differentiation."""
     # Forward mode turns a float32 () into float64.
     return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1].to(t.dtype)
@@ -428,6 +617,11 @@ def non_negative(name: str, value: float) -> float:
     if not (value >= 0 and math.isfinite(value)):
         raise ValueError(f"{name} = {value}: must be finite and at least 0")
     return float(value)
+
+
+def check_eta(eta: float | TimeFunction) -> float | TimeFunction:
+    """Return eta if it is a function, or as a float; a ValueError if the number is negative or not finite."""
+    return eta if callable(eta) else non_negative("eta", eta)
 
 
 def _noise_range(sigma_min: float, sigma_max: float) -> tuple[float, float]:

@@ -87,10 +87,26 @@ def test_likelihood_of_continuous_data(run, capsys):
     assert "density at t_min = " in printed
 
 
+def test_bound_of_continuous_data_and_its_parts(run, capsys):
+    assert main(["bound", f"--workdir={run}", "--count=3", "--steps=5", "--variance=0.5"]) == 0
+    printed = capsys.readouterr().out
+    (bound,) = re.findall(r"bound on the nats/dim of 3 test examples: (\S+)\n", printed)
+    assert re.search(r"standard error of the estimator \(repeats\): [\d.]+\n", printed)
+    assert re.search(r"standard error over examples \(sampling\):   [\d.]+\n", printed)
+    parts = [float(part) for part in re.findall(r"L_T (\S+), sum of L_t (\S+), L_0 (\S+); nfe 10,", printed)[0]]
+    # Three digits each.
+    assert sum(parts) == pytest.approx(float(bound), abs=0.005 * max(map(abs, parts)) * 3)
+
+
+def test_bound_of_the_shipped_model_in_the_limit(capsys):
+    assert main(["bound", "--count=1", "--steps=inf", "--terms=2", "--codes=dequantized"]) == 0
+    assert re.search(r"bound on the bits/dim of 1 test examples: [\d.]+\n", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["dance"], "'dance' is no command; there are train | sample | likelihood"),
+        (["dance"], "'dance' is no command; there are train | sample | likelihood | bound"),
         (["train"], "--config is missing"),
         (["train", CONFIG], "--workdir is missing"),
         (["train", "--config=nowhere.py"], "config = 'nowhere.py': no such file"),
@@ -118,11 +134,14 @@ def test_likelihood_of_continuous_data(run, capsys):
         (["sample", "--device=abacus"], "device = 'abacus': must be 'auto'"),
         (["likelihood", "--count=0"], "--count=0: must be at least 1"),
         (["likelihood", "--probes=0"], "probes = 0"),
+        (["bound", "--count=0"], "--count=0: must be at least 1"),
+        (["bound", "--steps=2.5"], "steps = 2.5: must be a whole number"),
+        (["bound", "--variance=large"], "variance = 'large'"),
     ],
 )
 def test_a_mistake_prints_one_line_and_exits_2(run, arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if arguments[0] in ("sample", "likelihood") and "--workdir=nowhere" not in arguments:
+    if arguments[0] in ("sample", "likelihood", "bound") and "--workdir=nowhere" not in arguments:
         arguments = [*arguments, f"--workdir={run}"]
     assert main(arguments) == 2
     printed = capsys.readouterr()
@@ -132,7 +151,9 @@ def test_a_mistake_prints_one_line_and_exits_2(run, arguments, message, capsys, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["sample", "--help"], ["likelihood", "-h"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["sample", "--help"], ["likelihood", "-h"], ["bound", "-h"]]
+)
 def test_help_prints_a_page_and_exits_0(arguments, capsys):
     assert main(arguments) == 0
     assert "usage: python -m sde_diffusion" in capsys.readouterr().out
@@ -140,7 +161,13 @@ def test_help_prints_a_page_and_exits_0(arguments, capsys):
 
 @pytest.mark.parametrize(
     "command",
-    [["-m", "sde_diffusion"], ["examples/sample.py"], ["examples/likelihood.py"], ["examples/train.py"]],
+    [
+        ["-m", "sde_diffusion"],
+        ["examples/sample.py"],
+        ["examples/likelihood.py"],
+        ["examples/bound.py"],
+        ["examples/train.py"],
+    ],
 )
 def test_entry_points_start(command):
     done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)

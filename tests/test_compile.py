@@ -6,22 +6,42 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import sde_diffusion as sd
 from sde_diffusion.losses import denoising_loss
-from sde_diffusion.model import PREDICTIONS
+from sde_diffusion.model import PREDICTIONS, VariancePrediction
 from sde_diffusion.networks import UNet
+
+
+def build(prediction, out_channels=1):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    options = {"base_channels": 4, "channel_multipliers": (1, 2), "attention_resolutions": (2,)}
+    network = UNet((1, 4, 4), **options, out_channels=out_channels)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    learned = {"learned_variance": out_channels == 2}
+    return sd.DiffusionModel(network, sd.VPSDE(), prediction, data_shape=(1, 4, 4), **learned)
 
 
 @pytest.fixture
 def model(request):
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    network = UNet((1, 4, 4), base_channels=4, channel_multipliers=(1, 2), attention_resolutions=(2,))
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return sd.DiffusionModel(network, sd.VPSDE(), request.param, data_shape=(1, 4, 4))
+    return build(request.param)
 
 
 @pytest.mark.parametrize("model", PREDICTIONS, indirect=True)
 def test_predict_is_one_graph_and_equal_to_eager(model):
+    assert_one_graph(model)
+
+
+def test_a_learned_variance_comes_out_of_the_graph():
+    model = build("v", out_channels=2)
+    compiled, x, t = assert_one_graph(model)
+    result, expected = compiled(x, t), model.predict(x, t)
+    assert isinstance(result, VariancePrediction)
+    torch.testing.assert_close(result.fraction, expected.fraction)
+    assert expected.fraction.shape == x.shape
+    assert (expected.fraction != 0.5).all()
+
+
+def assert_one_graph(model):
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model.predict, backend=counter, fullgraph=True)
     x = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -29,6 +49,7 @@ def test_predict_is_one_graph_and_equal_to_eager(model):
         for got, expected in zip(compiled(x, t), model.predict(x, t), strict=True):
             torch.testing.assert_close(got, expected)
     assert counter.frame_count == 1
+    return compiled, x, t
 
 
 @pytest.mark.parametrize("model", ["edm"], indirect=True)

@@ -123,8 +123,11 @@ def assert_divergence_is_the_trace(distribution, sde):
     model = distribution.under(sde)
     x, t = states(distribution, sde)
     trace = jacobian(model.velocity, x, t).diagonal(dim1=1, dim2=2).sum(1)
-    # The trace is a sum of D entries, each a difference.
-    bound = x.shape[1] * rounding(distribution, sde, x, t)["divergence"]
+    # The trace is a sum of D entries, each a difference; and in those of ∂x̂₀/∂x, of the slopes (x − α m)/σ² of the
+    # exponents, x/σ² cancels.
+    slope = x.norm(dim=1) * size(distribution) / sde.sigma(t).square()
+    entries = rounding(distribution, sde, x, t)["divergence"] + 4 * EPS * sde.alpha_dot(t).abs() * slope
+    bound = x.shape[1] * entries
     assert ((model.divergence(x, t) - trace).abs() <= bound).all()
 
 
@@ -342,6 +345,196 @@ def test_density_of_the_data_themselves(ring):
     torch.testing.assert_close(ring.under(VPSDE()).log_prob(x), reference.log_prob(x), rtol=1e-12, atol=1e-12)
 
 
+def conditional(distribution, chain, t, x, y):
+    """log q(x_t = y | x_{t+1} = x) in one dimension by Bayes' rule, up to a constant, at y (n,)."""
+    scale, std = chain.marginal_scales[t], chain.marginal_stds[t]
+    prior = distribution.log_prob(y[:, None], scale.expand(len(y)), std.expand(len(y)))
+    return prior - (x - chain.scales[t] * y).square() / (2 * chain.stds[t].square())
+
+
+def one_dimensional(kind):
+    """Unequally likely, of unequal widths; or points."""
+    if kind == "empirical":
+        return Empirical(torch.tensor([[-1.0], [-0.4], [1.3]], dtype=torch.float64), chunk=2)
+    means = torch.tensor([[-1.0], [0.8]], dtype=torch.float64)
+    covariances = torch.tensor([[[0.05]], [[0.3]]], dtype=torch.float64)
+    return GaussianMixture(means, covariances, torch.tensor([0.3, 0.7], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", ["mixture", "empirical"])
+def test_posterior_draws_have_the_posterior_moments(any_sde, kind, points, ring):
+    """Their mean is the denoiser's, and their total variance the one that its slope gives (Tweedie)."""
+    distribution, n = (ring if kind == "mixture" else Empirical(points, chunk=7)), 20_000
+    t = any_sde.t_from_log_snr(torch.tensor(1.0, dtype=torch.float64))
+    alpha, sigma = any_sde.alpha(t), any_sde.sigma(t)
+    x = any_sde.perturb(distribution.sample(1, seed=1), t, torch.tensor(0.3)).expand(n, -1)
+    draws = distribution.draw_given(x, alpha, sigma, torch.Generator().manual_seed(0))
+    assert draws.shape == x.shape
+    mean = distribution.predict(x[:1], alpha, sigma).x0[0]
+    square = (draws - mean).square().sum(1)
+    assert ((draws.mean(0) - mean).abs() < 4 * draws.std(0) / math.sqrt(n)).all()
+    variance = sigma.square() / alpha * distribution.traces(x[:1], alpha.expand(1), sigma.expand(1))[0]
+    assert (square.mean() - variance).abs() < 4 * square.std() / math.sqrt(n)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 23])
+def test_points_are_drawn_by_their_weights(points, chunk):
+    distribution, n = Empirical(points, chunk=chunk), 20_000
+    alpha, sigma = torch.tensor([0.8, 0.5], dtype=torch.float64)
+    x = torch.tensor([[0.3, -0.2, 0.4]], dtype=torch.float64)
+    weights = distribution.posterior_weights(x, alpha, sigma)[0]
+    distances = (x - alpha * points).square().sum(1)
+    torch.testing.assert_close(weights, torch.softmax(-distances / (2 * sigma**2), 0), rtol=1e-13, atol=0)
+    draws = distribution.draw_given(x.expand(n, 3), alpha, sigma, torch.Generator().manual_seed(0))
+    counts = (draws[:, None] == points).all(2).sum(0)
+    assert counts.sum() == n
+    expected = n * weights
+    common = expected > 5
+    # χ² with one degree of freedom for each common point, all the rare ones together being one more.
+    observed = torch.cat([counts[common], counts[~common].sum()[None]])
+    expected = torch.cat([expected[common], expected[~common].sum()[None]])
+    statistic, freedom = ((observed - expected).square() / expected).sum(), len(expected) - 1
+    assert freedom > 8
+    assert abs(statistic - freedom) < 4 * math.sqrt(2 * freedom)
+
+
+def test_weights_make_the_denoiser(any_sde, points):
+    distribution = Empirical(points, chunk=7)
+    x, t = states(distribution, any_sde)
+    alpha, sigma = any_sde.alpha(t), any_sde.sigma(t)
+    weights = distribution.posterior_weights(x, alpha, sigma)
+    assert weights.shape == (len(x), 23)
+    bound = rounding(distribution, any_sde, x, t)["denoise"]
+    assert ((weights @ points - distribution.predict(x, alpha, sigma).x0).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("kind", ["mixture", "empirical"])
+@pytest.mark.parametrize("t", [1, 5, 9])
+def test_a_reverse_step_is_bayes_rule(kind, t):
+    distribution, n = one_dimensional(kind), 50_000
+    chain, x = VPSDE().discretize(10), torch.tensor(0.35, dtype=torch.float64)
+    draws = distribution.reverse_step(x.expand(n, 1), t, chain, torch.Generator().manual_seed(t))[:, 0]
+    y = torch.linspace(-6, 6, 20_001, dtype=torch.float64)
+    cumulative = conditional(distribution, chain, t, x, y).softmax(0).cumsum(0)
+    # Kolmogorov and Smirnov's distance, beyond 2.2/√n once in 10⁴; the step of the grid adds below 1e-3.
+    empirical = torch.searchsorted(draws.sort().values, y, right=True) / n
+    assert (empirical - cumulative).abs().max() < 2.2 / math.sqrt(n) + 1e-3
+
+
+def test_the_reverse_of_points_is_the_mixture_of_posteriors(points):
+    """Σ w_i N(a x⁽ⁱ⁾ + b x, v) in one dimension, against Bayes' rule."""
+    distribution, chain = one_dimensional("empirical"), VPSDE().discretize(10)
+    y, x = torch.linspace(-4, 4, 4001, dtype=torch.float64), torch.tensor([[0.35]], dtype=torch.float64)
+    for t in range(1, 10):
+        a, b, v = (coefficient[t] for coefficient in chain.posterior())
+        weights = distribution.posterior_weights(x, chain.marginal_scales[t + 1], chain.marginal_stds[t + 1])[0]
+        means = a * distribution.points[:, 0] + b * x
+        mixture = MixtureSameFamily(Categorical(weights), torch.distributions.Normal(means[0], v.sqrt().expand(3)))
+        expected = conditional(distribution, chain, t, x[0, 0], y)
+        difference = mixture.log_prob(y) - expected
+        # Equal but for the constant; exponents of up to 10⁵ are known to 10⁻¹⁶ of themselves.
+        torch.testing.assert_close(difference, difference[2000].expand(4001), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["mixture", "empirical"])
+def test_the_mean_of_a_reverse_step_is_tweedies(any_sde, kind, points, ring):
+    """a E[x₀ | x] + b x = (x + σ²_{t+1} s)/λ_{t+1}."""
+    distribution, chain = (ring if kind == "mixture" else Empirical(points)), any_sde.discretize(20)
+    a, b, _ = chain.posterior()
+    for t in range(20):
+        alpha, sigma = chain.marginal_scales[t + 1], chain.marginal_stds[t + 1]
+        x0 = distribution.sample(4, seed=t)
+        x = alpha * x0 + sigma * torch.randn(x0.shape, generator=torch.Generator().manual_seed(t), dtype=x0.dtype)
+        prediction = distribution.predict(x, alpha, sigma)
+        mean = a[t] * prediction.x0 + b[t] * x
+        tweedie = chain.reverse_mean(x, -prediction.eps / sigma, t)
+        # Roundings of x/λ, and of α x₀/σ, which is where ε̂ comes from; the step's variance is a difference of σ²'s.
+        size_of_terms = (x.abs() + alpha * size(distribution)) / chain.scales[t]
+        share = chain.stds[t].square() / sigma.square()
+        assert ((mean - tweedie).abs() <= 64 * EPS * size_of_terms / share).all()
+
+
+def test_ancestral_sampling_returns_the_points(points):
+    """From the prior, by exact reverse steps: every sample is a point, and every point is as likely."""
+    distribution, n = Empirical(points, chunk=7), 4000
+    chain, generator = VPSDE().discretize(20), torch.Generator().manual_seed(0)
+    x = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+    for t in reversed(range(20)):
+        x = distribution.reverse_step(x, t, chain, generator)
+    counts = (x[:, None] == points).all(2).sum(0)
+    assert counts.sum() == n
+    # χ² with 22 degrees of freedom. The prior is off by the mean α_T x₀ < 0.02 of the last state.
+    statistic = ((counts - n / 23).square() / (n / 23)).sum()
+    assert statistic < 22 + 4 * math.sqrt(44)
+
+
+@pytest.mark.parametrize("kind", ["mixture", "empirical"])
+def test_small_reverse_steps_are_nearly_gaussian(kind):
+    """q(x_t | x_{t+1}) against N(its mean, σ²_{t+1}): total variation falls as 1/T, relative entropy as 1/T².
+
+    log q(x_t | x_{t+1}) is −(x_{t+1} − λ x_t)²/2σ² + log q(x_t) + const. Over the step's width σ = O(T^−½) the second
+    term's slope only moves the mean; its curvature adds to the precision, which is λ²/σ² − ∂² log q for 1/σ². The
+    variance is off by the factor 1 + r with r = 1/λ² − 1 + σ² ∂² log q = O(1/T), and so the relative entropy by r²/4.
+    """
+    distribution, x = one_dimensional(kind), torch.tensor(-0.9, dtype=torch.float64)
+    entropies, variations = [], []
+    for steps in (100, 200, 400, 800):
+        chain = VPSDE().discretize([0.2 * i / steps for i in range(1, steps + 1)])
+        t = steps - 1
+        alpha, sigma = chain.marginal_scales[-1], chain.marginal_stds[-1]
+        a, b, _ = (coefficient[t] for coefficient in chain.posterior())
+        mean = a * distribution.predict(x.reshape(1, 1), alpha, sigma).x0[0, 0] + b * x
+        std = chain.stds[t]
+        y, width = mean + std * torch.linspace(-12, 12, 4001, dtype=torch.float64), 24 * std / 4000
+        exact = torch.log_softmax(conditional(distribution, chain, t, x, y), 0)
+        gaussian = -0.5 * ((y - mean) / std).square() + torch.log(width / (std * math.sqrt(2 * math.pi)))
+        entropies.append(float((exact.exp() * (exact - gaussian)).sum()))
+        variations.append(float(0.5 * (exact.exp() - gaussian.exp()).abs().sum()))
+    # The next order is 1/T smaller, and so is the distance of the ratios from 4 and 2.
+    for values, ratio in ((entropies, 4), (variations, 2)):
+        errors = [abs(values[i] / values[i + 1] / ratio - 1) for i in range(3)]
+        assert errors[0] < 0.1
+        assert errors[2] < 0.3 * errors[0]
+    curvature = -distribution.traces(x.reshape(1, 1), alpha.expand(1), sigma.expand(1))[1] / sigma.square()
+    excess = 1 / chain.scales[-1].square() - 1 + chain.stds[-1].square() * curvature
+    assert entropies[-1] == pytest.approx(float(excess.square() / 4), rel=0.05)
+
+
+@pytest.mark.parametrize("t", [-1, 10])
+def test_reverse_steps_are_checked(small_distribution, t):
+    x = torch.zeros(2, *small_distribution.data_shape, dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"t = {t}: must be in 0…9"):
+        small_distribution.reverse_step(x, t, VPSDE().discretize(10), torch.Generator())
+
+
+def test_no_signal(dtype, small_distribution):
+    """At α = 0 nothing is known of x₀, and all of ε."""
+    sigma = torch.tensor(2.0, dtype=dtype)
+    x = torch.randn(4, *small_distribution.data_shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    x0, eps = small_distribution.predict(x, torch.zeros_like(sigma), sigma)
+    mean = (
+        small_distribution.points.mean(0)
+        if isinstance(small_distribution, Empirical)
+        else small_distribution.weights @ small_distribution.means
+    )
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(x0, mean.to(x0).expand_as(x0), rtol=0, atol=16 * unit * float(size(small_distribution)))
+    torch.testing.assert_close(eps, x / sigma, rtol=16 * unit, atol=0)
+
+
+def test_no_noise(dtype, small_distribution):
+    """At σ = 0 all is known of x₀, and nothing of ε, whose mean is 0."""
+    x = small_distribution.sample(4, seed=3).to(dtype)
+    if isinstance(small_distribution, Empirical):
+        small_distribution = Empirical(small_distribution.points.to(dtype), chunk=7)
+    one, zero = torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype)
+    x0, eps = small_distribution.predict(x, one, zero)
+    torch.testing.assert_close(x0, x, rtol=0, atol=16 * torch.finfo(dtype).eps * float(size(small_distribution)))
+    assert torch.equal(eps, torch.zeros_like(x))
+    draws = small_distribution.draw_given(x, one, zero, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(draws, x, rtol=0, atol=16 * torch.finfo(dtype).eps * float(size(small_distribution)))
+
+
 MEANS = torch.zeros(3, 2)
 IDENTITY = torch.eye(2).expand(3, 2, 2)
 
@@ -387,9 +580,9 @@ import resource, torch
 from sde_diffusion import Empirical, VPSDE
 model = Empirical(torch.rand(60_000, 784)).under(VPSDE())
 x = torch.randn(128, 784)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 model.score(x, 0.5), model.log_prob(x, 0.5), model.divergence(x, 0.5)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+model.distribution.reverse_step(x, 5, VPSDE().discretize(10), torch.Generator().manual_seed(0))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 

@@ -208,7 +208,7 @@ def test_wrong_data_are_named(ring, image_model):
         sd.log_likelihood(model, x[:0])
     with pytest.raises(ValueError, match="bits is None"):
         sd.bits_per_dim(model, torch.zeros(4, 2, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"images is torch\.float32"):
+    with pytest.raises(ValueError, match=r"images has dtype torch\.float32: need integer codes"):
         sd.bits_per_dim(image_model, torch.zeros(1, 1, 4, 4))
     with pytest.raises(ValueError, match=r"values in \[300, 300\]: need 0 to 255"):
         sd.bits_per_dim(image_model, torch.full((1, 1, 4, 4), 300))

@@ -9,7 +9,14 @@ A density p(y) learnt on dequantised data bounds the probability of the codes, p
 
 which is the constant that turns a log-likelihood into bits per dimension.
 
-Source: Theis, van den Oord & Bethge, "A note on the evaluation of generative models" (2016), section 3.1.
+A decoder that gives probability to codes themselves wants each as one point, in a bin whose edges are half a
+spacing away; the first and the last bin have none on the outside:
+
+    centres      low + (high - low) (v + 1/2) / 2^b      the middles of the bins above
+    endpoints    low + (high - low) v / (2^b - 1)        the first code at low, the last at high
+
+Sources: Theis, van den Oord & Bethge, "A note on the evaluation of generative models" (2016), section 3.1;
+for endpoints and the edge bins, Ho, Jain & Abbeel, "Denoising diffusion probabilistic models" (2020), section 3.3.
 """
 
 import math
@@ -18,6 +25,7 @@ from dataclasses import dataclass
 import torch
 
 MAX_BITS = 16
+CODE_POINTS = ("centres", "endpoints")
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,52 @@ class DataInfo:
         bits = self._discrete_bits()
         position = torch.floor((x - self.low) / self._bin_width(bits))
         return position.clamp(0, 2**bits - 1).to(self.code_dtype)
+
+    def check_codes(self, name: str, values: torch.Tensor) -> None:
+        """Raise a ValueError that names the argument unless it holds codes of this depth; waits for the device."""
+        bits = self._discrete_bits()
+        if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+            raise ValueError(f"{name} has dtype {values.dtype}: need integer codes")
+        if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < 2**bits:
+            raise ValueError(f"{name} has values in [{values.min()}, {values.max()}]: need 0 to {2**bits - 1}")
+
+    def points(self, values: torch.Tensor, kind: str = "centres", dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The model-space value that stands for each code.
+
+        Args:
+            values: Integer codes in [0, 2**bits), any shape.
+            kind: One of `CODE_POINTS`.
+            dtype: The result's, torch's default if None.
+
+        Raises:
+            ValueError: for continuous data or an unknown kind.
+        """
+        first, spacing = self._lattice(kind)
+        return first + spacing * values.to(dtype or torch.get_default_dtype())
+
+    def bin_edges(self, values: torch.Tensor, points: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lower and upper edge of each code's bin, infinite on the outside of the first and the last.
+
+        Args:
+            values: Integer codes in [0, 2**bits), any shape.
+            points: What `points` gives for them, which is the middle of the bin.
+            kind: The same kind.
+
+        Raises:
+            ValueError: for continuous data or an unknown kind.
+        """
+        half = self._lattice(kind)[1] / 2
+        lower = torch.where(values == 0, -math.inf, points - half)
+        return lower, torch.where(values == 2 ** self._discrete_bits() - 1, math.inf, points + half)
+
+    def _lattice(self, kind: str) -> tuple[float, float]:
+        """The first code's point, and the spacing from one to the next."""
+        bits = self._discrete_bits()
+        if kind not in CODE_POINTS:
+            raise ValueError(f"kind = {kind!r}: must be one of {', '.join(CODE_POINTS)}")
+        if kind == "endpoints":
+            return self.low, (self.high - self.low) / (2**bits - 1)
+        return self.low + self._bin_width(bits) / 2, self._bin_width(bits)
 
     def _discrete_bits(self) -> int:
         if self.bits is None:

@@ -1,4 +1,4 @@
-"""Samples as pictures: a grid of images, or a scatter plot of points in the plane."""
+"""Samples as pictures: a grid of images, a scatter plot of points in the plane, or the ways that points took there."""
 
 import dataclasses
 import math
@@ -56,7 +56,7 @@ def has_picture(data_shape: Sequence[int]) -> bool:
     return tuple(data_shape) == (2,) or (len(data_shape) == 3 and data_shape[0] in IMAGE_MODES)
 
 
-def save_picture(x: torch.Tensor, data: DataInfo, path: str | os.PathLike[str]) -> None:
+def save_picture(x: torch.Tensor, data: DataInfo, path: str | os.PathLike[str], columns: int | None = None) -> None:
     """Write model-space samples as a picture file, making its folder if need be.
 
     Args:
@@ -64,9 +64,10 @@ def save_picture(x: torch.Tensor, data: DataInfo, path: str | os.PathLike[str]) 
             enlarged if no side is above 64 pixels. (N, 2): a scatter plot.
         data: The range of x; data.low is black and data.high is white.
         path: Where to, with the ending of a picture format, such as .png.
+        columns: Images a row, as in ``image_grid``; of no meaning for points.
 
     Raises:
-        ValueError: for any other shape.
+        ValueError: for any other shape, or columns below 1.
     """
     if not has_picture(x.shape[1:]) or x.numel() == 0:
         raise ValueError(
@@ -79,7 +80,7 @@ def save_picture(x: torch.Tensor, data: DataInfo, path: str | os.PathLike[str]) 
         _save_scatter_plot(x, path)
         return
     zoom = 3 if max(x.shape[2:]) <= _SMALL_IMAGE else 1
-    image_grid(dataclasses.replace(data, bits=8).quantize(x), zoom=zoom).save(path)
+    image_grid(dataclasses.replace(data, bits=8).quantize(x), columns, zoom).save(path)
 
 
 def _save_scatter_plot(points: torch.Tensor, path: Path) -> None:
@@ -91,3 +92,68 @@ def _save_scatter_plot(points: torch.Tensor, path: Path) -> None:
     horizontal, vertical = points.detach().cpu().unbind(dim=1)
     axes.scatter(horizontal, vertical, s=4, linewidths=0, alpha=0.6)
     figure.savefig(path, dpi=120)
+
+
+def save_trajectories(
+    trajectories: Sequence[torch.Tensor],
+    points: Sequence[torch.Tensor],
+    titles: Sequence[str],
+    path: str | os.PathLike[str],
+    curve: torch.Tensor | None = None,
+) -> None:
+    """Write panels side by side: the ways that points take in the plane, from light to dark, to black dots.
+
+    Args:
+        trajectories: (K, n, 2) a panel, K >= 2 states of n points, from the first to the last.
+        points: (m, 2) a panel, the dots, whose surroundings are what is shown.
+        titles: One a panel.
+        path: Where to, with the ending of a picture format, such as .png; its folder is made if need be.
+        curve: (l, 2), a grey line through all panels.
+
+    Raises:
+        ValueError: for other shapes, no panel, or unequal numbers of panels.
+    """
+    if not len(trajectories) == len(points) == len(titles) > 0:
+        raise ValueError(
+            f"trajectories, points and titles must be as many, and not none; "
+            f"got {len(trajectories)}, {len(points)} and {len(titles)}"
+        )
+    for way, dots in zip(trajectories, points, strict=True):
+        if way.ndim != 3 or way.shape[2] != 2 or len(way) < 2 or dots.ndim != 2 or dots.shape[1] != 2 or not len(dots):
+            raise ValueError(
+                f"trajectories must be (K, n, 2) with K >= 2, and points (m, 2); "
+                f"got {tuple(way.shape)} and {tuple(dots.shape)}"
+            )
+    # Imported here for the same reason as below.
+    from matplotlib.collections import LineCollection
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(titles), 4.3), layout="constrained")
+    for axes, way, dots, title in zip(
+        figure.subplots(1, len(titles), squeeze=False)[0], trajectories, points, titles, strict=True
+    ):
+        way, dots = way.detach().cpu(), dots.detach().cpu()
+        # (K - 1) n segments (2, 2), those of a step together and later steps above earlier ones.
+        segments = torch.stack([way[:-1], way[1:]], dim=2).flatten(0, 1)
+        step = torch.arange(len(way) - 1).repeat_interleave(way.shape[1])
+        lines = LineCollection(list(segments.numpy()), cmap="YlGnBu", linewidths=0.7, alpha=0.7)
+        lines.set_array(step.numpy())
+        # The lightest fifth of the colours is hardly seen on white.
+        lines.set_clim(-len(way) / 4, len(way))
+        axes.add_collection(lines)
+        if curve is not None:
+            axes.plot(*curve.detach().cpu().unbind(dim=1), color="silver", linewidth=3, zorder=0)
+        axes.scatter(*dots.unbind(dim=1), s=14, color="black", zorder=3)
+        centre = dots.mean(dim=0)
+        reach = 1.3 * float((dots - centre).abs().max())
+        axes.set(
+            title=title,
+            aspect="equal",
+            xlim=(float(centre[0]) - reach, float(centre[0]) + reach),
+            ylim=(float(centre[1]) - reach, float(centre[1]) + reach),
+            xticks=[],
+            yticks=[],
+        )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)

@@ -1,8 +1,8 @@
 """Networks by name.
 
 Each is called as network(x, t, label=None) with x (B, *data_shape), t (B,) and label (B,) int64 or None, and
-answers in the shape of x. A new network is a class whose first argument is data_shape, and one line in
-`NETWORKS`.
+answers in the shape of x, or with out_channels in place of its channels. A new network is a class whose first
+argument is data_shape, and one line in `NETWORKS`.
 """
 
 import inspect

@@ -35,6 +35,7 @@ class MLP(nn.Module):
         time_scale: float = 1000.0,
         embedding: int = 64,
         classes: int = 0,
+        out_channels: int | None = None,
     ) -> None:
         """Build the network.
 
@@ -46,9 +47,10 @@ class MLP(nn.Module):
             time_scale: factor on t; 1000 suits times in [0, 1] with sinusoidal features.
             embedding: number of sinusoidal time features, even and at least 4; 0 for time_scale * t alone.
             classes: number of class labels; 0 for a network that takes none.
+            out_channels: length of the output's first axis; None for that of the data.
 
         Raises:
-            ValueError: for an argument out of its range.
+            ValueError: for an argument out of its range, or out_channels for data without an axis.
         """
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -59,19 +61,23 @@ class MLP(nn.Module):
         if embedding and (embedding < 4 or embedding % 2):
             raise ValueError(f"embedding must be 0, or even and at least 4; got {embedding}")
 
+        if out_channels is not None and (out_channels < 1 or not len(data_shape)):
+            raise ValueError(f"out_channels must be at least 1, for data with an axis; got {out_channels}")
+
         self.data_shape, self.classes, self.time_scale = tuple(data_shape), classes, time_scale
+        self.out_shape = self.data_shape if out_channels is None else (out_channels, *self.data_shape[1:])
         size = prod(self.data_shape)
         self.time_features = SinusoidalEmbedding(embedding, time_scale) if embedding else None
         self.input = nn.Linear(size + (embedding or 1), width)
         if classes:
             self.label_embedding = LabelEmbedding(classes, width)
         layers: list[nn.Module] = []
-        for units in [width] * (depth - 1) + [size]:
+        for units in [width] * (depth - 1) + [prod(self.out_shape)]:
             layers += [ACTIVATIONS[activation](), nn.Linear(width, units)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """Data (B, *data_shape), times (B,) and labels (B,), where there are classes, to (B, *data_shape).
+        """Data (B, *data_shape), times (B,) and labels (B,), where there are classes, to (B, *out_shape).
 
         A label in [0, classes) names a class; None for the batch, or `classes` for a datum, means no label.
 
@@ -83,4 +89,4 @@ class MLP(nn.Module):
         h = self.input(torch.cat([x.reshape(len(x), prod(self.data_shape)), time.to(x.dtype)], dim=1))
         if self.classes:
             h = h + self.label_embedding(label)
-        return self.layers(h).reshape(x.shape)
+        return self.layers(h).reshape(len(x), *self.out_shape)

@@ -61,6 +61,7 @@ class UNet(nn.Module):
         time_scale: float = 1000.0,
         heads: int = 1,
         groups: int | None = None,
+        out_channels: int | None = None,
     ) -> None:
         """Build the network.
 
@@ -76,12 +77,15 @@ class UNet(nn.Module):
             time_scale: factor on t before the sinusoidal embedding; 1000 suits times in [0, 1].
             heads: heads of every self-attention.
             groups: groups of every group normalisation; None for the rule of `blocks.GroupNorm`.
+            out_channels: channels of the output; None for those of the data.
 
         Raises:
             ValueError: for arguments that do not fit together.
         """
         super().__init__()
         self.data_shape, self.classes = tuple(data_shape), classes
+        if out_channels is not None and out_channels < 1:
+            raise ValueError(f"out_channels must be at least 1; got {out_channels}")
         heights = _heights(self.data_shape, len(channel_multipliers))
         if absent := sorted(set(attention_resolutions) - set(heights)):
             raise ValueError(f"attention_resolutions must be among the heights {heights} of the levels; got {absent}")
@@ -143,12 +147,11 @@ class UNet(nn.Module):
                 self.up.append(stage(width + skips.pop(), level_width, attend, upsample))
                 width = level_width
 
-        self.head = nn.Sequential(
-            GroupNorm(width, groups), nn.SiLU(), zeroed(nn.Conv2d(width, self.data_shape[0], 3, padding=1))
-        )
+        channels = self.data_shape[0] if out_channels is None else out_channels
+        self.head = nn.Sequential(GroupNorm(width, groups), nn.SiLU(), zeroed(nn.Conv2d(width, channels, 3, padding=1)))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """Images (B, C, H, W), times (B,) and labels (B,), where there are classes, to (B, C, H, W).
+        """Images (B, C, H, W), times (B,) and labels (B,), where there are classes, to (B, out_channels, H, W).
 
         A label in [0, classes) names a class; None for the batch, or `classes` for an image, means no label.
 

@@ -5,27 +5,28 @@ DDIM, from t to s < t (Song et al. 2021, arXiv:2010.02502, eq. 12, for any α an
     x_s = α_s x̂₀ + √(σ_s² − ς²) ε̂ + ς z           ς² = η² (σ_s²/σ_t²) (σ_t² − (α_t/α_s)² σ_s²)
 
 DDPM, ancestral sampling of the discrete chain (Ho et al. 2020, arXiv:2006.11239, algorithm 2), with its
-posterior a, b, v:
+posterior a, b and a variance σ̃² that is v, σ²_{t+1} or between (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15):
 
-    x_s = a x̂₀ + b x_t + √v z
+    x_s = a x̂₀ + b x_t + σ̃ z,    z = 0 if s has no noise
 
 η = 1 is DDPM with the posterior variance; η = 0 is the first-order exponential integrator of the
-probability-flow ODE.
+probability-flow ODE. The coefficients are those of the chain whose states are the solver's times.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sde_diffusion.chain import GaussianChain
+from sde_diffusion.chain import GaussianChain, check_variance, interpolate_variance, unit_interval
+from sde_diffusion.model import Prediction
 from sde_diffusion.samplers.solver import Noise, Predict, StepSolver
-from sde_diffusion.sde import SDE, non_negative
-
-VARIANCES = ("posterior", "noising")
+from sde_diffusion.sde import SDE
 
 
 class DDIM(StepSolver):
@@ -37,22 +38,14 @@ class DDIM(StepSolver):
         Raises:
             ValueError: unless 0 <= eta <= 1, beyond which ς could exceed σ_s.
         """
-        if non_negative("eta", eta) > 1:
-            raise ValueError(f"eta = {eta}: must be in [0, 1]")
-        self.eta = float(eta)
+        self.eta = unit_interval("eta", eta)
 
     def prepare(self, sde: SDE, times: Tensor) -> dict[str, Tensor]:
         """α_s, √(σ_s² − ς²) and ς."""
-        alpha_t, alpha_s = sde.alpha(times[:-1]), sde.alpha(times[1:])
-        variance_t, variance_s = sde.sigma(times[:-1]).square(), sde.sigma(times[1:]).square()
-        gained = variance_t - (alpha_t / alpha_s).square() * variance_s
-        added = self.eta**2 * variance_s / variance_t * gained
-        return {
-            "t": times[:-1],
-            "alpha_s": alpha_s,
-            "direction": torch.sqrt((variance_s - added).clamp(min=0)),
-            "std": torch.sqrt(added.clamp(min=0)),
-        }
+        chain, steps = _chain(sde, times)
+        direction, std = chain.ddim(self.eta)
+        columns = {"alpha_s": chain.marginal_scales[:-1], "direction": direction, "std": std}
+        return {"t": times[:-1]} | {name: value[steps].flip(0) for name, value in columns.items()}
 
     def step(self, predict: Predict, x: Tensor, c: SimpleNamespace, noise: Noise) -> Tensor:
         """Towards x̂₀, along ε̂, and noise."""
@@ -66,29 +59,66 @@ class DDPM(StepSolver):
 
     default_steps: ClassVar[int] = 1000
 
-    def __init__(self, variance: str = "posterior"):
-        """Choose the variance of a reverse step: "posterior" (v_t) or "noising" (σ²_{t+1}).
+    def __init__(self, variance: str | float | Sequence[float] | Tensor = "posterior"):
+        """Choose the variance of a reverse step.
+
+        Args:
+            variance: "posterior" (v) or "noising" (σ²_{t+1}); a number in [0, 1], which interpolates from the first to
+                the second in the logarithm; "learned", which does so by the ``fraction`` that a model with
+                learned_variance=True predicts for every entry; or the variances themselves, one a step in the chain's
+                order, data first, such as those of ``GaussianChain.optimal_variance``. The step to x₀ adds no noise.
 
         Raises:
             ValueError: for any other.
         """
-        if variance not in VARIANCES:
-            raise ValueError(f"variance = {variance!r}: must be one of {', '.join(VARIANCES)}")
-        self.variance = variance
+        self.is_learned = isinstance(variance, str) and variance == "learned"
+        self.variance: float | Tensor = 0.0
+        if isinstance(variance, Sequence | np.ndarray | Tensor) and not isinstance(variance, str):
+            self.variance = torch.as_tensor(variance, dtype=torch.float64)
+        elif not self.is_learned:
+            self.variance = check_variance(variance)
 
     def prepare(self, sde: SDE, times: Tensor) -> dict[str, Tensor]:
-        """a, b and √variance of the chain whose states are the times."""
-        increasing = times.flip(0)
-        # A grid that ends where there is no noise ends at the chain's own x₀, which is not one of its steps.
-        has_noise = bool(sde.sigma(increasing[:1]) > 0)
-        chain = GaussianChain.from_sde(sde, increasing.tolist() if has_noise else increasing[1:].tolist())
-        first = 1 if has_noise else 0
-        a, b, v = (value[first:].flip(0) for value in chain.posterior())
-        if self.variance == "noising":
-            # Algorithm 2 adds no noise on the way to x₀, where v is 0.
-            v = torch.where(v > 0, chain.stds[first:].square().flip(0), v)
-        return {"t": times[:-1], "a": a, "b": b, "std": torch.sqrt(v)}
+        """a, b and σ̃ of the chain whose states are the times; of a learned σ̃, the variances that it is between."""
+        chain, steps = _chain(sde, times)
+        a, b, v = chain.posterior()
+        is_noisy = (v > 0).to(v)
+        columns = {"a": a, "b": b}
+        if self.is_learned:
+            posterior, noising = (chain.reverse_variance(name, decoder=True) for name in ("posterior", "noising"))
+            columns |= {"is_noisy": is_noisy, "posterior": posterior, "noising": noising}
+        else:
+            columns["std"] = is_noisy * chain.reverse_variance(self._variance(chain, steps)).sqrt()
+        return {"t": times[:-1]} | {name: value[steps].flip(0) for name, value in columns.items()}
 
     def step(self, predict: Predict, x: Tensor, c: SimpleNamespace, noise: Noise) -> Tensor:
-        """Sample q(x_s | x_t, x̂₀)."""
-        return c.a * predict(x, c.t).x0 + c.b * x + c.std * noise()
+        """Sample q(x_s | x_t, x̂₀), with the variance chosen."""
+        prediction = predict(x, c.t)
+        std = self._learned_std(prediction, c) if self.is_learned else c.std
+        return c.a * prediction.x0 + c.b * x + std * noise()
+
+    def _variance(self, chain: GaussianChain, steps: slice) -> float | Tensor:
+        """What the chain is asked for; given variances are those of the steps that are run."""
+        if not isinstance(self.variance, Tensor):
+            return self.variance
+        variance = torch.zeros_like(chain.stds)
+        if self.variance.shape != variance[steps].shape:
+            given, needed = tuple(self.variance.shape), tuple(variance[steps].shape)
+            raise ValueError(f"variance has shape {given}: need {needed}, one for each step, data first")
+        variance[steps] = self.variance
+        return variance
+
+    def _learned_std(self, prediction: Prediction, c: SimpleNamespace) -> Tensor:
+        fraction = getattr(prediction, "fraction", None)
+        if fraction is None:
+            raise ValueError("variance = 'learned': the model predicts none; it must have learned_variance=True")
+        return c.is_noisy * interpolate_variance(c.posterior, c.noising, fraction).sqrt()
+
+
+def _chain(sde: SDE, times: Tensor) -> tuple[GaussianChain, slice]:
+    """The chain whose states are the decreasing times, and which of its steps are run backwards."""
+    increasing = times.flip(0)
+    # A time without noise is the chain's own x₀; to one with noise leads a first step, which is not undone.
+    has_noise = bool(sde.sigma(increasing[:1]) > 0)
+    states = increasing if has_noise else increasing[1:]
+    return GaussianChain.from_sde(sde, states.tolist()), slice(int(has_noise), None)

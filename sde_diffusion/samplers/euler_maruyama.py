@@ -1,7 +1,7 @@
 r"""Euler-Maruyama on the reverse SDE: x_s = x_t + drift(x_t, t) (s − t) + η g(t) √(t − s) z.
 
 Song et al. 2021 (arXiv:2011.13456), section 4.1; η scales the noise, and η = 0 is Euler's method on the
-probability-flow ODE.
+probability-flow ODE. A noise level w(t) may stand for η g(t), finite where g is not.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.samplers.solver import Noise, Predict, StepSolver
-from sde_diffusion.sde import SDE, non_negative
+from sde_diffusion.sde import SDE, TimeFunction, check_eta
 
 
 class EulerMaruyama(StepSolver):
@@ -21,15 +21,15 @@ class EulerMaruyama(StepSolver):
 
     default_steps: ClassVar[int] = 1000
 
-    def __init__(self, eta: float = 1.0):
-        """Set η >= 0; every value has the same marginals in the limit of small steps."""
-        self.eta = non_negative("eta", eta)
+    def __init__(self, eta: float | TimeFunction = 1.0):
+        """Set η >= 0, or the noise level w(t) >= 0; every choice has the same marginals in the limit of small steps."""
+        self.eta = check_eta(eta)
 
     def prepare(self, sde: SDE, times: Tensor) -> dict[str, Tensor]:
         """Step, rates of the drift, and standard deviation of the noise."""
         t, dt = times[:-1], times[1:] - times[:-1]
         data_rate, noise_rate = sde.reverse_rates(t, self.eta)
-        std = self.eta * sde.diffusion(t) * torch.sqrt(-dt)
+        std = sde.reverse_diffusion(t, self.eta) * torch.sqrt(-dt)
         return {"t": t, "dt": dt, "data_rate": data_rate, "noise_rate": noise_rate, "std": std}
 
     def step(self, predict: Predict, x: Tensor, c: SimpleNamespace, noise: Noise) -> Tensor:

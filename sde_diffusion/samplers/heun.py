@@ -24,6 +24,7 @@ class Heun(StepSolver):
     """Second order, deterministic, two evaluations a step."""
 
     default_steps: ClassVar[int] = 25
+    evaluates_end: ClassVar[bool] = True
 
     def evaluations_per_step(self) -> int:
         """Two: at either end of the step."""

@@ -17,6 +17,7 @@ class ODE(Solver):
 
     # Adams methods need steps that are equal in the solver's own variable.
     default_grid: ClassVar[str] = "angle"
+    evaluates_end: ClassVar[bool] = True
 
     def __init__(self, method: str = "dopri5", rtol: float = 1e-4, atol: float = 1e-4):
         """Choose method and tolerances; see ``sde_diffusion.ode.integrate`` for both and for the errors."""

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from sde_diffusion.samplers.heun import Heun
 from sde_diffusion.samplers.noise import Streams
 from sde_diffusion.samplers.ode import ODE
 from sde_diffusion.samplers.solver import Problem, Solver
+from sde_diffusion.sde import SDE
 
 SOLVERS: dict[str, type[Solver]] = {
     "em": EulerMaruyama,
@@ -97,9 +98,12 @@ def sample(
         nfe: evaluations of the model allowed; excludes ``steps``.
         steps: steps of the solver; its own default if neither is given. An adaptive method takes its own, and this
             sets the points at which its trajectory is kept.
-        grid: "log_snr", "t", or the decreasing times themselves.
+        grid: "log_snr", "angle", "t", or the decreasing times themselves; by default the solver's own, or "angle" where
+            the log-SNR is infinite.
         x_start: where to start, (n, *data_shape), in place of draws from the prior.
-        t_start: the time of x_start; t_max by default, and always without x_start.
+        t_start: the time of x_start; t_max by default. Without x_start it may be after t_max, up to T: where no data
+            are left in x_T, as for a ``FlowSDE`` at 1, the prior is exact. A stochastic solver must then have a finite
+            noise level.
         t_end: where to stop; t_min by default.
         cond: keyword arguments for the model; tensors of length n are cut into batches.
         guidance: maps the model to the one to be sampled from.
@@ -135,7 +139,7 @@ def sample(
             indices = range(first, min(n, first + batch_size))
             streams = Streams(seed, indices, device)
             if x_start is None:
-                x = model.sde.prior_std * streams.normal(model.data_shape, dtype)
+                x = _prior_std(model.sde, times[0]) * streams.normal(model.data_shape, dtype)
             else:
                 x = x_start[first : indices.stop].to(device=device, dtype=dtype)
             batch = _Batch(guided, slice_cond(cond, n, indices, device), [x] if trajectory else None, callback, times)
@@ -153,6 +157,11 @@ def sample(
         times,
         torch.cat(paths, 1) if trajectory else None,
     )
+
+
+def _prior_std(sde: SDE, start: float) -> float:
+    """Standard deviation of the noise to start from at t_max, or after it."""
+    return sde.prior_std if start <= sde.t_max else float(sde.sigma(torch.tensor(start, dtype=torch.float64)))
 
 
 class _Batch:
@@ -194,13 +203,20 @@ def _make_solver(name: str, options: dict[str, Any]) -> Solver:
     if name not in SOLVERS:
         raise ValueError(f"solver = {name!r}: must be one of {', '.join(SOLVERS)}")
     parameters = inspect.signature(SOLVERS[name]).parameters
+    annotations = get_type_hints(SOLVERS[name].__init__)
     for option, value in options.items():
         if option not in parameters:
             raise ValueError(f"{option}: solver {name!r} takes {', '.join(parameters) or 'no options'}")
-        kind = float | int if isinstance(parameters[option].default, float) else type(parameters[option].default)
-        if not isinstance(value, kind):
+        kinds = get_args(annotations[option]) or (annotations[option],)
+        if not any(_is_a(value, kind) for kind in kinds):
             raise ValueError(f"{option} = {value!r}: solver {name!r} takes a {parameters[option].annotation} there")
     return SOLVERS[name](**options)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Callable:
+        return callable(value)
+    return isinstance(value, int | float if kind is float else get_origin(kind) or kind)
 
 
 def _grid(
@@ -229,9 +245,15 @@ def _grid(
     if steps is None:
         # An adaptive method needs no stops on its way but those that are to be looked at.
         steps = 1 if solver.is_adaptive and not trajectory else solver.default_steps
-    times = time_grid(sde, grid if grid is not None else solver.default_grid, start, end, steps)
+    if grid is None:
+        is_finite = math.isfinite(sde.log_noise(start)) and math.isfinite(sde.log_noise(end))
+        grid = solver.default_grid if is_finite or solver.in_log_snr else "angle"
+    times = time_grid(sde, grid, start, end, steps)
     if solver.in_log_snr:
         check_log_snr(sde, times[0], times[-1])
+    model.check_time("t_start", times[0])
+    if solver.evaluates_end:
+        model.check_time("t_end", times[-1])
     if times[0] < sde.t_max and not has_start:
         raise ValueError(f"t_start = {times[0]}: a start before t_max = {sde.t_max} needs x_start")
     return times

@@ -51,6 +51,8 @@ class Solver(ABC):
     default_grid: ClassVar[str] = "log_snr"
     # The solver's own variable is the log-SNR, which must then be finite at either end.
     in_log_snr: ClassVar[bool] = False
+    # The model is asked at the last time of the grid too.
+    evaluates_end: ClassVar[bool] = False
 
     @property
     def is_adaptive(self) -> bool:
@@ -94,6 +96,13 @@ class StepSolver(Solver):
         """Prepare, then step."""
         times = torch.tensor(problem.grid, dtype=torch.float64)
         coefficients = self.prepare(problem.sde, times)
+        for name, values in coefficients.items():
+            if not bool(values.isfinite().all()):
+                t = float(times[int((~values.isfinite()).nonzero()[0])])
+                raise ValueError(
+                    f"grid: the coefficient {name!r} is not finite at t = {t}: stay within [{problem.sde.t_min}, "
+                    f"{problem.sde.t_max}], or take a solver or a noise level that is finite there"
+                )
         columns = [value.to(device=x.device, dtype=x.dtype).unbind() for value in coefficients.values()]
         noise = StepNoise(problem.streams, x.shape[1:], x.dtype)
         for i, row in enumerate(zip(*columns, strict=True), start=1):

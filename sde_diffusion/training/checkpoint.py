@@ -8,6 +8,7 @@
         model.safetensors               averaged (EMA) weights, the ones to use
         raw.safetensors                 the weights being trained
         optimizer.safetensors           AdamW's moments
+        times.safetensors               what the sampler of times has learnt, if it is one that learns
         state.json                      the step, and the number of examples in the data set
 
 The header of every model file holds what is needed to rebuild the model, so that one file is enough to share.
@@ -30,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sde_diffusion.data.info import DataInfo
+from sde_diffusion.losses import TimeSampler
 from sde_diffusion.model import DiffusionModel
 from sde_diffusion.networks import build_network
 from sde_diffusion.sde import SDES
@@ -44,7 +46,9 @@ class CheckpointError(ValueError):
 def build_model(config: Mapping[str, Any], data_shape: tuple[int, ...], data: DataInfo, network: Any) -> DiffusionModel:
     """The model that a resolved config describes, for data of this shape; a given network stands in for its own."""
     if network is None:
-        network = build_network(**config["network"], data_shape=data_shape)
+        # The headers of older files do not have the field.
+        channels = 2 * data_shape[0] if config["model"].get("learned_variance") else None
+        network = build_network(**config["network"], data_shape=data_shape, out_channels=channels)
     sde_options = dict(config["sde"])
     sde = SDES[sde_options.pop("name")](**sde_options)
     return DiffusionModel(network, sde, data_shape=data_shape, data=data, **config["model"])
@@ -131,6 +135,7 @@ def save_checkpoint(
     raw: DiffusionModel,
     average: DiffusionModel,
     optimizer: torch.optim.Optimizer,
+    times: TimeSampler,
     keep: int,
 ) -> Path:
     """Write everything needed to go on from state["step"], then delete all but the ``keep`` newest."""
@@ -141,6 +146,8 @@ def save_checkpoint(
     _save_model(raw, partial / "raw.safetensors", config)
     _save_model(average, partial / "model.safetensors", config)
     _save_tensors(dict(_optimizer_tensors(optimizer)), partial / "optimizer.safetensors", {})
+    if learnt := times.state_dict():
+        _save_tensors(learnt, partial / "times.safetensors", {})
     write_json(partial / "state.json", state)
     if final.exists():
         shutil.rmtree(final)
@@ -152,7 +159,11 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, raw: DiffusionModel, average: DiffusionModel, optimizer: torch.optim.Optimizer
+    path: Path,
+    raw: DiffusionModel,
+    average: DiffusionModel,
+    optimizer: torch.optim.Optimizer,
+    times: TimeSampler,
 ) -> dict[str, int]:
     """Restore what ``save_checkpoint`` wrote; returns its state.
 
@@ -178,6 +189,12 @@ def load_checkpoint(
             tensor = torch.empty_like(parameter).copy_(tensor)
         moments.setdefault(int(index), {})[kind] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    if times.state_dict():
+        learnt = _load_tensors(path / "times.safetensors")[0]
+        try:
+            times.load_state_dict(learnt)
+        except ValueError as error:
+            raise CheckpointError(f"{path / 'times.safetensors'}: {error}") from error
     state = read_json(path / "state.json")
     if not isinstance(state, dict) or not all(isinstance(state.get(name), int) for name in ("step", "examples")):
         raise CheckpointError(f"{path / 'state.json'}: must hold the numbers step and examples")

@@ -15,7 +15,7 @@ import torch
 from ml_collections import ConfigDict
 
 from sde_diffusion.data import DATASETS
-from sde_diffusion.losses import TIMES, WEIGHTINGS
+from sde_diffusion.losses import SPREADS, TIMES, WEIGHTINGS
 from sde_diffusion.model import PREDICTIONS
 from sde_diffusion.networks import NETWORKS
 from sde_diffusion.sde import SDES
@@ -25,13 +25,24 @@ class ConfigError(ValueError):
     """A field that does not exist, or holds what it cannot."""
 
 
+class Sections(ConfigDict):
+    """A ConfigDict in which a name can stand for a section: ``config.sde = "ve"`` is ``named("ve")``."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """Set a field; a section by its name too. Sections within are of this class."""
+        if isinstance(value, str) and isinstance(self.get(key), ConfigDict):
+            value = named(value)
+        super().__setitem__(key, Sections(value) if isinstance(value, dict | ConfigDict) else value)
+
+
 def default_config() -> ConfigDict:
     """Every field of a run, locked against misspelling; a file in configs/ changes some of them.
 
-    ``sde``, ``network``, ``data`` and ``loss.time`` name a class or function of the library; their other fields are
-    its keyword arguments. Another is chosen with ``config.network = named("mlp", width=128)``.
+    ``sde``, ``network``, ``data``, ``loss.weighting`` and ``loss.time`` name a class or function of the library;
+    their other fields are its keyword arguments. Another is chosen with ``config.network = named("mlp", width=128)``,
+    or with its defaults by its name alone, ``config.network = "mlp"``.
     """
-    return ConfigDict(
+    return Sections(
         {
             "seed": 0,
             "data": _section("data", {"name": "fashion_mnist"}),
@@ -46,8 +57,17 @@ def default_config() -> ConfigDict:
                     "attention_resolutions": (),
                 },
             ),
-            "model": {"prediction": "edm", "sigma_data": 0.5},
-            "loss": {"weighting": "edm", "time": _section("loss.time", {"name": "log_normal"})},
+            "model": {
+                "prediction": "edm",
+                "sigma_data": 0.5,  # standard deviation of the data, for the prediction "edm"
+                "mean_step": 1e-3,  # how much earlier the state is that the prediction "mean" is of
+                "learned_variance": False,  # that of a reverse step; with the weighting "hybrid"
+            },
+            "loss": {
+                "weighting": _section("loss.weighting", {"name": "edm"}),
+                "time": _section("loss.time", {"name": "log_normal"}),
+                "spread": "independent",  # or "stratified", "antithetic": the times within a batch
+            },
             "optim": {
                 "lr": 2e-4,
                 "beta1": 0.9,
@@ -101,13 +121,14 @@ RESUMABLE = frozenset(
 _CHOICES = {
     "optim.schedule": ("cosine", "constant"),
     "train.precision": ("float32", "bfloat16"),
-    "model.prediction": PREDICTIONS,
-    "loss.weighting": tuple(WEIGHTINGS),
+    "model.prediction": tuple(PREDICTIONS),
+    "loss.spread": tuple(SPREADS),
 }
 _POSITIVE: tuple[str, ...] = (
     "optim.lr",
     "optim.eps",
     "model.sigma_data",
+    "model.mean_step",
     "train.batch_size",
     "train.log_every",
     "train.sample_count",
@@ -128,8 +149,9 @@ _FRACTIONS = ("optim.beta1", "optim.beta2", "ema.decay", "train.label_dropout")
 NAMED: dict[str, tuple[Mapping[str, Callable[..., Any]], tuple[str, ...]]] = {
     "data": (DATASETS, ("split",)),
     "sde": (SDES, ()),
-    "network": (NETWORKS, ("data_shape",)),
-    "loss.time": (TIMES, ("sde", "u")),
+    "network": (NETWORKS, ("data_shape", "out_channels")),
+    "loss.weighting": (WEIGHTINGS, ()),
+    "loss.time": (TIMES, ("sde",)),
 }
 
 
@@ -149,7 +171,7 @@ def resolve_config(config: Mapping[str, Any] | ConfigDict | str | os.PathLike[st
     values = default_config().to_dict()
     _merge(values, given, "")
     _check(values)
-    return ConfigDict(values).lock()
+    return Sections(values).lock()
 
 
 def load_config_file(path: str | os.PathLike[str]) -> ConfigDict:
@@ -215,6 +237,8 @@ def _merge(values: dict[str, Any], given: Mapping[str, Any], prefix: str) -> Non
     for name, value in given.items():
         field = prefix + name
         if field in NAMED:
+            if isinstance(value, str):
+                value = {"name": value}
             if isinstance(value, Mapping) and value.get("name", values[name]["name"]) == values[name]["name"]:
                 value = {**values[name], **value}
             values[name] = _section(field, value)

@@ -1,7 +1,7 @@
 """The training loop: config in, checkpoints out, resumable after any of them.
 
-    x₀ = dequantised data,  t from the config's distribution,  ε ~ N(0, I)
-    step AdamW on  mean over the batch of  w(t) ‖target − prediction(α x₀ + σ ε, t)‖²
+    x₀ = dequantised data,  t from the config's distribution p,  ε ~ N(0, I)
+    step AdamW on  mean over the batch of  w(t) ‖target − prediction(α x₀ + σ ε, t)‖² · uniform density/p(t)
     average  ← d average + (1 − d) weights,   d = min(decay, (1 + step)/(10 + step))
 
 The average begins as the weights after the first step. Every random number of a step is a function of the seed, the
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from sde_diffusion.data import as_dataset, load_dataset
 from sde_diffusion.data.pictures import has_picture, save_picture
-from sde_diffusion.losses import TIMES, denoising_loss
+from sde_diffusion.losses import SPREADS, TIMES, WEIGHTINGS, Hybrid, TimeSampler, Weighting, denoising_loss
 from sde_diffusion.model import DiffusionModel
 from sde_diffusion.samplers import sample
 from sde_diffusion.samplers.noise import Streams
@@ -91,10 +91,12 @@ def train(
         torch.manual_seed(config.seed)
         try:
             raw = build_model(description, dataset.data_shape, dataset.data, network).to(device)
+            weighting = _build(WEIGHTINGS, config.loss.weighting)
+            times = _build(TIMES, config.loss.time, raw.sde)
         except TypeError as error:
-            raise ConfigError(f"network, sde or model: an option is of the wrong type: {error}") from error
-        _check_fit(config, raw, dataset)
-        run = _Run(config, description, dataset, raw, device)
+            raise ConfigError(f"network, sde, model or loss: an option is of the wrong type: {error}") from error
+        _check_fit(config, raw, weighting, dataset)
+        run = _Run(config, description, dataset, raw, weighting, times, device)
         return run.finish(callbacks)
 
 
@@ -107,10 +109,12 @@ class _Run:
         description: dict[str, Any],
         dataset: Any,
         raw: DiffusionModel,
+        weighting: Weighting,
+        times: TimeSampler,
         device: torch.device,
     ):
         self.config, self.description, self.dataset = config, description, dataset
-        self.raw, self.device = raw, device
+        self.raw, self.weighting, self.times, self.device = raw, weighting, times, device
         self.workdir = Path(config.workdir) if config.workdir else None
         self.step = 0
         optim = config.optim
@@ -171,13 +175,16 @@ class _Run:
 
     def _take_step(self, values: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
         config = self.config
-        streams, x0, t, noise = self._draw(values.to(self.device, non_blocking=True))
+        streams, x0, u, noise = self._draw(values.to(self.device, non_blocking=True))
+        t, time_weight = self.times.draw(SPREADS[config.loss.spread](u))
         cond = {} if label is None else {"label": self._hide(label.to(self.device, non_blocking=True), streams)}
         # Dropout reads torch's global generator: seeded here, it too depends on the seed and the step alone.
         torch.manual_seed(int(np.random.SeedSequence((config.seed, self.step)).generate_state(1)[0]))
         is_half = config.train.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16) if is_half else nullcontext():
-            loss = denoising_loss(self.raw, x0, t, noise, config.loss.weighting, **cond).mean()
+            losses = denoising_loss(self.raw, x0, t, noise, self.weighting, **cond)
+        self.times.update(t, losses.detach())
+        loss = (time_weight * losses).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         limit = config.optim.grad_clip or math.inf
@@ -195,7 +202,7 @@ class _Run:
         return torch.where(is_hidden, getattr(self.raw.network, "classes", 0), label)
 
     def _draw(self, values: Tensor) -> tuple[Streams, Tensor, Tensor, Tensor]:
-        """Dequantise and flip a batch, and draw its times and noise: one stream an example."""
+        """Dequantise and flip a batch, and draw its noise and what its times are made of: one stream an example."""
         first = self.step * len(values)
         streams = Streams(self.config.seed, range(first, first + len(values)), self.device)
         shape = values.shape[1:]
@@ -205,9 +212,7 @@ class _Run:
             x0 = self.dataset.data.dequantize(values, uniform[:, 2:].reshape(values.shape))
         if self.config.flip:
             x0 = torch.where((uniform[:, 1] < 0.5).reshape(-1, *[1] * len(shape)), x0.flip(-1), x0)
-        options = dict(self.config.loss.time)
-        t = TIMES[options.pop("name")](self.raw.sde, uniform[:, 0], **options)
-        return streams, x0, t, streams.normal(shape)
+        return streams, x0, uniform[:, 0], streams.normal(shape)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The batches of the remaining steps, (values, labels or None)."""
@@ -248,7 +253,7 @@ class _Run:
             return
         stored = _completed(read_json(self.workdir / "config.json"))
         _check_same(flatten(stored), flatten(self.description), self.workdir)
-        state = load_checkpoint(checkpoint, self.raw, self.averaged, self.optimizer)
+        state = load_checkpoint(checkpoint, self.raw, self.averaged, self.optimizer, self.times)
         if state["examples"] != len(self.dataset):
             raise ConfigError(
                 f"dataset has {len(self.dataset)} examples: "
@@ -260,8 +265,16 @@ class _Run:
     def _save(self) -> None:
         assert self.workdir is not None
         state = {"step": self.step, "examples": len(self.dataset)}
-        keep = self.config.train.keep_checkpoints
-        save_checkpoint(self.workdir, state, self.description, self.raw, self.averaged, self.optimizer, keep)
+        save_checkpoint(
+            self.workdir,
+            state,
+            self.description,
+            self.raw,
+            self.averaged,
+            self.optimizer,
+            self.times,
+            self.config.train.keep_checkpoints,
+        )
 
     def _draw_samples(self, path: Path) -> None:
         count, classes = self.config.train.sample_count, getattr(self.raw.network, "classes", 0)
@@ -359,13 +372,24 @@ def _collate(items: list[Any]) -> tuple[Tensor, Tensor | None]:
     return (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
 
 
-def _check_fit(config: ConfigDict, model: DiffusionModel, dataset: Any) -> None:
+def _build(registry: Mapping[str, Callable[..., Any]], section: ConfigDict, *arguments: Any) -> Any:
+    """What a named section describes."""
+    options = dict(section)
+    return registry[options.pop("name")](*arguments, **options)
+
+
+def _check_fit(config: ConfigDict, model: DiffusionModel, weighting: Weighting, dataset: Any) -> None:
     """Refuse what config, network and data set do not agree on."""
     if next(model.parameters(), None) is None:
         raise ValueError("network has no parameters to train: it must be a torch module with some")
     classes = getattr(model.network, "classes", 0)
     if classes and classes < dataset.classes:
         raise ConfigError(f"network.classes = {classes}: the data set has {dataset.classes} classes")
+    if model.learned_variance != isinstance(weighting, Hybrid):
+        raise ConfigError(
+            f"loss.weighting.name = {config.loss.weighting.name!r}, "
+            f"model.learned_variance = {model.learned_variance}: 'hybrid' is what learns variances, and nothing else"
+        )
     if config.flip and len(dataset.data_shape) != 3:
         raise ConfigError(f"flip = True: the data have shape {dataset.data_shape}, and only images are mirrored")
 

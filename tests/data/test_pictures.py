@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 from sde_diffusion.data import DataInfo, image_grid, save_picture
+from sde_diffusion.data.pictures import save_trajectories
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
@@ -71,3 +72,36 @@ def test_other_shapes_are_refused_and_nothing_is_written(tmp_path, shape):
     with pytest.raises(ValueError, match="x must be images"):
         save_picture(torch.zeros(shape), DataInfo(), tmp_path / "new" / "a.png")
     assert not (tmp_path / "new").exists()
+
+
+def test_rows_have_the_columns_asked_for(tmp_path):
+    save_picture(torch.zeros(6, 1, 2, 2), DataInfo(), tmp_path / "rows.png", columns=2)
+    assert Image.open(tmp_path / "rows.png").size == (2 * 8 + 2, 3 * 8 + 2)
+
+
+def test_trajectories_are_drawn_darker_towards_their_end(tmp_path):
+    way = torch.linspace(-1, 1, 21)[:, None, None] * torch.tensor([1.0, 0.0]) + torch.tensor([0.0, 0.5])
+    dots = torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
+    path = tmp_path / "new" / "ways.png"
+    save_trajectories([way, way], [dots, dots], ["left", "right"], path, curve=dots)
+    pixels = np.array(Image.open(path).convert("L")).astype(float)
+    assert pixels.shape == (344, 640)
+    # Within the frame of the left panel the way is the darkest row.
+    panel = pixels[60:300, 70:250]
+    row = panel[panel.mean(1).argmin()]
+    assert row[-20:].mean() < row[:20].mean() < 250
+
+
+@pytest.mark.parametrize(
+    ("ways", "points", "titles", "message"),
+    [
+        ([torch.zeros(3, 4, 2)], [], [""], "got 1, 0 and 1"),
+        ([], [], [], "got 0, 0 and 0"),
+        ([torch.zeros(1, 4, 2)], [torch.zeros(2, 2)], [""], r"got \(1, 4, 2\)"),
+        ([torch.zeros(3, 4, 3)], [torch.zeros(2, 2)], [""], r"got \(3, 4, 3\)"),
+        ([torch.zeros(3, 4, 2)], [torch.zeros(0, 2)], [""], r"and \(0, 2\)"),
+    ],
+)
+def test_bad_input_to_save_trajectories(tmp_path, ways, points, titles, message):
+    with pytest.raises(ValueError, match=message):
+        save_trajectories(ways, points, titles, tmp_path / "ways.png")

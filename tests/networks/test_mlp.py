@@ -21,6 +21,13 @@ def test_shapes(data_shape, activation, embedding):
     assert network(x, t).shape == x.shape
 
 
+@pytest.mark.parametrize(("data_shape", "shape"), [((2,), (5, 4)), ((3, 4, 2), (5, 4, 4, 2))])
+def test_output_channels(data_shape, shape):
+    output = MLP(data_shape, width=16, out_channels=4)(*inputs(data_shape))
+    assert output.shape == shape
+    assert (output.flatten(1).std(0) > 0).all()
+
+
 def test_the_tutorial_network():
     torch.manual_seed(0)
     network = MLP((2,), width=128, depth=3, activation="relu", time_scale=1.0, embedding=0)
@@ -89,11 +96,13 @@ def test_compiles_whole_and_once():
         ({"classes": -1}, "classes must be at least 0; got -1"),
         ({"embedding": 2}, "embedding must be 0, or even and at least 4; got 2"),
         ({"embedding": 7}, "embedding must be 0, or even and at least 4; got 7"),
+        ({"out_channels": 0}, "out_channels must be at least 1, for data with an axis; got 0"),
+        ({"data_shape": (), "out_channels": 2}, "out_channels must be at least 1, for data with an axis; got 2"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        MLP((2,), **options)
+        MLP(**({"data_shape": (2,)} | options))
 
 
 def test_bad_inputs_are_named():

@@ -52,6 +52,13 @@ def test_shapes(data_shape, multipliers):
     assert output.isfinite().all()
 
 
+def test_output_channels():
+    x, t = inputs()
+    output = randomised(out_channels=4)(x, t)
+    assert output.shape == (3, 4, 8, 8)
+    assert (output.flatten(2).std(2) > 0).all()
+
+
 def test_starts_as_the_zero_function():
     x, t = inputs()
     assert torch.equal(UNet((2, 8, 8), **SMALL)(x, t), torch.zeros_like(x))
@@ -71,6 +78,7 @@ def test_starts_as_the_zero_function():
         ({"groups": 0}, "groups must divide base_channels, 8; got 0"),
         ({"blocks_per_level": 0}, "blocks_per_level must be at least 1; got 0"),
         ({"classes": -1}, "classes must be at least 0; got -1"),
+        ({"out_channels": 0}, "out_channels must be at least 1; got 0"),
     ],
 )
 def test_bad_arguments_are_named(options, message):

@@ -491,3 +491,52 @@ def test_any_other_solver_ends_without_noise_on_a_grid_in_t(any_sde, solver, poi
     out = sd.sample(pointwise(any_sde), 2, solver=solver, steps=5, grid="t", t_end=0.0)
     assert out.times[-1] == 0
     assert out.samples.isfinite().all()
+
+
+# The end of the straight path, where no data are left.
+
+SINGULAR = {
+    "ode": {},
+    "heun": {"steps": 40},
+    "ddim": {"steps": 300},
+    "ddpm": {"steps": 300},
+    "em": {"steps": 300, "eta": lambda t: torch.sqrt(2 * t)},
+}
+
+
+@pytest.mark.parametrize("solver", SINGULAR)
+def test_a_flow_starts_where_no_data_are_left(solver, two_modes, deviations):
+    target = two_modes()
+    model = target.distribution.under(sd.FlowSDE())
+    out = sd.sample(model, N, solver=solver, t_start=1.0, t_end=0.05, **SINGULAR[solver])
+    assert out.times[0] == 1.0
+    score = deviations(out.samples, covariance_at(model.sde, out.times[-1], target.covariance))
+    assert score.abs().max() < 4
+
+
+def test_an_infinite_noise_level_is_an_error(two_modes):
+    model = two_modes().distribution.under(sd.FlowSDE())
+    with pytest.raises(ValueError, match=r"the coefficient 'noise_rate' is not finite at t = 1\.0: stay within"):
+        sd.sample(model, 2, solver="em", t_start=1.0)
+    with pytest.raises(ValueError, match=r"t_start = 1\.0: the log-SNR is infinite there"):
+        sd.sample(model, 2, solver="torchsde", t_start=1.0)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "score"])
+def test_a_model_that_cannot_start_there_says_so(prediction):
+    model = sd.DiffusionModel(lambda x, t: x, sd.FlowSDE(), prediction, data_shape=(2,))
+    with pytest.raises(ValueError, match=r"t_start = 1\.0"):
+        sd.sample(model, 2, solver="ddim", t_start=1.0)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v", "flow", "edm"])
+@pytest.mark.parametrize("solver", ["ode", "heun", "ddim"])
+def test_other_predictions_start_there(prediction, solver):
+    model = sd.DiffusionModel(lambda x, t: 0.1 * x, sd.FlowSDE(), prediction, data_shape=(2,))
+    assert bool(sd.sample(model, 2, solver=solver, t_start=1.0).samples.isfinite().all())
+
+
+def test_the_angle_is_the_grid_where_the_log_snr_is_infinite(two_modes):
+    model = two_modes().distribution.under(sd.FlowSDE())
+    times = sd.sample(model, 2, solver="ddim", steps=3, t_start=1.0).times
+    assert times == time_grid(model.sde, "angle", 1.0, model.sde.t_min, 3)

@@ -217,6 +217,20 @@ def test_moments_that_do_not_fit_are_named(tiny, workdir, change, message):
         train(tiny(workdir=str(workdir)))
 
 
+def test_what_a_sampler_of_times_has_learnt_must_fit(tiny, tmp_path):
+    config = tiny(workdir=str(tmp_path), loss={"time": {"name": "loss_second_moment", "bins": 3}})
+    train(config)
+    path = newest_checkpoint(tmp_path) / "times.safetensors"
+    shapes = {name: tuple(tensor.shape) for name, tensor in load_file(path).items()}
+    assert shapes == {"losses": (3, 10), "counts": (3,)}
+    save_file({**load_file(path), "counts": torch.zeros(4, dtype=torch.int64)}, path)
+    with pytest.raises(CheckpointError, match=r"times\.safetensors: tensor counts: the state has \(4,\), .* \(3,\)"):
+        train(config)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"times\.safetensors: cannot be read"):
+        train(config)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -1,3 +1,4 @@
+import copy
 import math
 from pathlib import Path
 
@@ -5,6 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from sde_diffusion.training import ConfigError, default_config, load_config_file, named, resolve_config
+from sde_diffusion.training.config import choose
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 
@@ -67,6 +69,46 @@ def test_a_named_section_gets_the_defaults_of_what_it_names():
     assert resolved.data.to_dict() == {"name": "moons", "size": 10_000}
 
 
+def test_a_name_stands_for_a_section():
+    section = {"name": "min_snr", "gamma": 5.0}
+    given = {"loss": {"weighting": "min_snr", "time": "importance"}, "network": "mlp"}
+    assert resolve_config(given).loss.weighting.to_dict() == section
+    assert resolve_config(given).loss.time.to_dict() == {"name": "importance"}
+    config = default_config()
+    config.loss.weighting, config.loss.time, config.network = "min_snr", "importance", "mlp"
+    assert resolve_config(config).to_dict() == resolve_config(given).to_dict()
+    config.loss.weighting = named("min_snr", gamma=3.0)
+    assert resolve_config(config).loss.weighting.to_dict() == {**section, "gamma": 3.0}
+    # Options may be changed one by one where a section is the default's own, and of a resolved config's.
+    config = resolve_config(config)
+    config.loss.weighting.gamma = 2.0
+    assert copy.deepcopy(config).loss.weighting.gamma == 2.0
+    config.loss.weighting = "simple"
+    assert resolve_config(config).loss.weighting.to_dict() == {"name": "simple"}
+
+
+def test_a_name_is_no_value_of_other_fields():
+    config = default_config()
+    with pytest.raises(TypeError, match="lr"):
+        config.optim.lr = "fast"
+    with pytest.raises(ConfigError, match=r"optim\.name: no such field"):
+        resolve_config({"optim": {"name": "sgd"}})
+    config.optim = "sgd"
+    with pytest.raises(ConfigError, match=r"optim\.name: no such field"):
+        resolve_config(config)
+
+
+def test_a_section_is_chosen_by_name():
+    config = default_config()
+    choose(config, "loss.weighting", "min_snr")
+    assert config.loss.weighting.to_dict() == {"name": "min_snr", "gamma": 5.0}
+    config.loss.weighting.gamma = 3.0
+    choose(config, "loss.weighting", "min_snr")
+    assert config.loss.weighting.gamma == 3.0
+    with pytest.raises(ConfigError, match=r"loss\.weighting\.name = 'snr'"):
+        choose(config, "loss.weighting", "snr")
+
+
 def test_a_resolved_config_is_locked():
     with pytest.raises(AttributeError, match="optm"):
         resolve_config({}).optm = 1
@@ -88,6 +130,9 @@ def test_a_resolved_config_is_locked():
         ({"data": {"name": "spiral", "path": "x"}}, r"data\.path: spiral takes size"),
         ({"data": {"name": "spiral", "split": "test"}}, r"data\.split: spiral takes size"),
         ({"loss": {"time": {"name": "uniform", "mean": 0.0}}}, r"loss\.time\.mean: uniform takes no options"),
+        ({"loss": {"weighting": {"name": "simple", "gamma": 5.0}}}, r"loss\.weighting\.gamma: simple takes no options"),
+        ({"loss": {"time": {"name": "importance", "sde": None}}}, r"loss\.time\.sde: importance takes no options"),
+        ({"network": {"name": "mlp", "out_channels": 2}}, r"network\.out_channels: mlp takes"),
         ({"data": {"name": "idx"}}, r"data\.path: idx needs a value"),
     ],
 )
@@ -111,7 +156,8 @@ def test_unknown_and_missing_fields_are_named(config, message):
         ({"flip": 1}, r"flip = 1: must be of type bool"),
         ({"workdir": 3}, r"workdir = 3: must be of type str"),
         ({"optim": 3}, r"optim = 3: must be a section with beta1, beta2, eps"),
-        ({"network": "mlp"}, r"network\.name = 'mlp'"),
+        ({"network": 3}, r"network\.name = 3: must be one of mlp, unet"),
+        ({"network": "resnet"}, r"network\.name = 'resnet': must be one of mlp, unet"),
         ({"network": {"name": "resnet"}}, r"network\.name = 'resnet': must be one of mlp, unet"),
         ({"data": {"name": "mnist"}}, r"data\.name = 'mnist': must be one of fashion_mnist"),
         ({"sde": {"name": "VP"}}, r"sde\.name = 'VP': must be one of vp"),
@@ -119,7 +165,9 @@ def test_unknown_and_missing_fields_are_named(config, message):
             {"loss": {"time": {"name": "normal"}}},
             r"loss\.time\.name = 'normal': must be one of uniform, log_normal",
         ),
-        ({"loss": {"weighting": "snr"}}, r"loss\.weighting = 'snr': must be one of simple, edm"),
+        ({"loss": {"weighting": "snr"}}, r"loss\.weighting\.name = 'snr': must be one of simple, x0, v"),
+        ({"loss": {"weighting": 5.0}}, r"loss\.weighting\.name = 5\.0: must be one of simple, x0, v"),
+        ({"loss": {"spread": "even"}}, r"loss\.spread = 'even': must be one of independent, stratified"),
         ({"model": {"prediction": "noise"}}, r"model\.prediction = 'noise': must be one of eps, x0"),
         ({"optim": {"schedule": "linear"}}, r"optim\.schedule = 'linear': must be one of cosine, constant"),
         (
@@ -145,6 +193,7 @@ def test_wrong_types_and_choices_are_named(config, message):
         ("optim.beta2", -0.1, 0.9999),
         ("ema.decay", 1.0, 0),
         ("model.sigma_data", 0.0, 3),
+        ("model.mean_step", 0.0, 1e-9),
         ("train.steps", -1, 0),
         ("train.batch_size", 0, 1),
         ("train.log_every", 0, 1),

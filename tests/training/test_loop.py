@@ -12,9 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.data import Dataset
 
-from sde_diffusion import sample, train
+from sde_diffusion import VPSDE, sample, train
 from sde_diffusion.data import ArrayDataset, DataInfo, load_dataset
-from sde_diffusion.losses import TIMES, WEIGHTINGS, denoising_loss
+from sde_diffusion.losses import SPREADS, TIMES, WEIGHTINGS, denoising_loss
 from sde_diffusion.model import PREDICTIONS
 from sde_diffusion.sde import SDES
 from sde_diffusion.training import CheckpointError, ConfigError, TrainingError, load
@@ -55,7 +55,10 @@ def weights(model):
 
 def assert_same_run(one, other):
     """Same tensors in the last checkpoint, and the same metrics, bit for bit."""
-    for name in ("raw.safetensors", "model.safetensors", "optimizer.safetensors"):
+    assert [path.name for path in sorted(newest_checkpoint(one).iterdir())] == [
+        path.name for path in sorted(newest_checkpoint(other).iterdir())
+    ]
+    for name in (path.name for path in newest_checkpoint(one).glob("*.safetensors")):
         expected, found = (load_file(newest_checkpoint(workdir) / name) for workdir in (one, other))
         assert expected.keys() == found.keys()
         for key, tensor in expected.items():
@@ -104,6 +107,30 @@ def test_bfloat16_and_flip_resume_too(tiny, images, tmp_path):
     interrupt(parts, 4, images)
     train(parts, dataset=images)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"time": {"name": "loss_second_moment", "bins": 3, "history": 2}},
+        {"time": "importance", "weighting": "likelihood", "spread": "stratified"},
+        {"time": {"name": "loss_second_moment", "bins": 3, "history": 2}, "spread": "antithetic"},
+    ],
+    ids=["second moment", "stratified", "antithetic"],
+)
+def test_samplers_of_times_resume_too(tiny, tmp_path, loss):
+    whole, parts = (tiny(workdir=str(tmp_path / name), loss=loss) for name in ("whole", "parts"))
+    train(whole)
+    interrupt(parts, 4)
+    interrupt(parts, 7)
+    train(parts)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    learnt = newest_checkpoint(tmp_path / "parts") / "times.safetensors"
+    assert learnt.exists() == (loss["time"] != "importance")
+    if learnt.exists():
+        # All bins are full, so that what was stored decides on the times.
+        assert load_file(learnt)["counts"].min() >= 2
+        assert load_file(learnt)["counts"].sum() == 8 * 4
 
 
 def test_weights_in_channels_last_resume_too(tiny, images, tmp_path):
@@ -157,7 +184,8 @@ def test_half_a_line_of_metrics_is_written_again(tiny, tmp_path):
         ("network", {"name": "mlp", "width": 8}, r"network\.depth = 3: .* has 2"),
         ("data", {"name": "moons", "size": 50}, r"data\.name = 'moons': .* has 'spiral'"),
         ("sde", {"name": "ve"}, r"sde\.beta_max = None: .* has 20\.0"),
-        ("loss", {"weighting": "simple"}, r"loss\.weighting = 'simple'"),
+        ("loss", {"weighting": "simple"}, r"loss\.weighting\.name = 'simple': the run in .* has 'edm'"),
+        ("loss", {"spread": "stratified"}, r"loss\.spread = 'stratified': .* has 'independent'"),
     ],
 )
 def test_a_run_does_not_go_on_under_another_config(tiny, tmp_path, section, change, field):
@@ -173,7 +201,10 @@ def test_a_run_begun_before_an_option_existed_had_its_default(tiny, tmp_path):
     interrupt(config, 3)
     path = tmp_path / "config.json"
     stored = json.loads(path.read_text())
-    del stored["network"]["activation"], stored["optim"]["weight_decay"]
+    del stored["network"]["activation"], stored["optim"]["weight_decay"], stored["loss"]["spread"]
+    del stored["model"]["mean_step"], stored["model"]["learned_variance"]
+    assert stored["loss"]["weighting"] == {"name": "edm"}
+    stored["loss"]["weighting"] = "edm"
     path.write_text(json.dumps(stored))
     with pytest.raises(ConfigError, match=r"optim\.weight_decay = 0\.1: the run in .* has 0\.0"):
         train(tiny(workdir=str(tmp_path), optim={"weight_decay": 0.1}))
@@ -215,8 +246,9 @@ def test_checkpoints_of_another_network_are_refused(tiny, recorder, tmp_path):
 @pytest.mark.parametrize(
     ("sde", "weighting", "time", "prediction"),
     [
-        *itertools.product(["vp"], WEIGHTINGS, TIMES, PREDICTIONS),
-        *itertools.product([name for name in SDES if name != "vp"], ["edm"], TIMES, ["edm", "v"]),
+        *itertools.product(["vp"], WEIGHTINGS, ["importance"], ["eps"]),
+        *itertools.product(["vp"], ["simple", "edm"], TIMES, PREDICTIONS),
+        *itertools.product([name for name in SDES if name != "vp"], ["edm"], ["uniform", "log_normal"], ["edm", "v"]),
     ],
 )
 def test_the_loss_goes_down(tiny, sde, weighting, time, prediction):
@@ -224,7 +256,7 @@ def test_the_loss_goes_down(tiny, sde, weighting, time, prediction):
         data={"name": "spiral", "size": 2000},
         network={"name": "mlp", "width": 32, "depth": 2, "embedding": 16},
         sde={"name": sde},
-        model={"prediction": prediction},
+        model={"prediction": prediction, "learned_variance": weighting == "hybrid"},
         loss={"weighting": weighting, "time": {"name": time}},
         train={"steps": 80, "batch_size": 32, "log_every": 80},
     )
@@ -234,11 +266,66 @@ def test_the_loss_goes_down(tiny, sde, weighting, time, prediction):
     count, generator = 40_000, torch.Generator().manual_seed(1)
     x0 = load_dataset("spiral", split="test", size=count).values
     u = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
-    t, noise = TIMES[time](trained.sde, u), torch.randn(x0.shape, generator=generator)
+    (t, time_weight), noise = TIMES[time](trained.sde).draw(u), torch.randn(x0.shape, generator=generator)
     with torch.no_grad():
-        before, after = (denoising_loss(model, x0, t, noise, weighting) for model in (fresh, trained))
+        before, after = (time_weight * denoising_loss(model, x0, t, noise, weighting) for model in (fresh, trained))
     gain = before - after
     assert gain.mean() > 4 * gain.std() / math.sqrt(count)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_everything_trains_with_everything(tiny, weighting):
+    """A few steps of each prediction, SDE and sampler of times: losses and weights stay finite, and weights move."""
+    combinations = [
+        *itertools.product(["vp"], PREDICTIONS, TIMES, ["independent"]),
+        *itertools.product(SDES, ["edm"], TIMES, ["stratified"]),
+        *itertools.product(["vp"], ["edm"], ["uniform"], SPREADS),
+    ]
+    for sde, prediction, time, spread in combinations:
+        config = tiny(
+            sde={"name": sde},
+            model={"prediction": prediction, "learned_variance": weighting == "hybrid"},
+            loss={"weighting": weighting, "time": time, "spread": spread},
+            train={"steps": 3, "log_every": 3},
+        )
+        result = train(config)
+        start = train({**config, "train": {"steps": 0}}).raw_model.state_dict()
+        assert math.isfinite(result.metrics["grad_norm"]), (sde, prediction, time)
+        for name, tensor in result.raw_model.state_dict().items():
+            assert tensor.isfinite().all(), (sde, prediction, time, name)
+            assert "frequencies" in name or not torch.equal(tensor, start[name]), (sde, prediction, time, name)
+
+
+@pytest.mark.parametrize("time", TIMES)
+def test_a_loss_is_weighted_by_the_density_of_its_time(tiny, recorder, time):
+    network, results = recorder(), []
+    config = tiny(
+        model={"prediction": "eps"},
+        loss={"weighting": "simple", "time": time},
+        train={"steps": 1, "batch_size": 64},
+    )
+    train(config, network=network, dataset=torch.zeros(64, 2), callbacks=[results.append])
+    ((x, t, _),) = network.calls
+    sde = results[0].raw_model.sde
+    # The data are 0, so x = sigma eps, and the network answers x/2 + 0.1.
+    losses = (x / sde.sigma(t)[:, None] - 0.5 * x - 0.1).square().mean(1)
+    weight = torch.ones(64)
+    if time == "importance":
+        log_snr = [float(sde.log_snr(torch.tensor(end))) for end in (sde.t_min, sde.t_max)]
+        weight = (log_snr[0] - log_snr[1]) / (sde.t_max - sde.t_min) * (sde.sigma(t) / sde.diffusion(t)).square()
+    assert results[0].metrics["loss"] == pytest.approx(float((weight * losses).mean()), rel=1e-4)
+
+
+def test_learned_variances_are_trained_and_loaded(tiny, tmp_path):
+    config = tiny(
+        workdir=str(tmp_path), model={"prediction": "eps", "learned_variance": True}, loss={"weighting": "hybrid"}
+    )
+    result = train(config)
+    x, t = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)), torch.full((5,), 0.3)
+    expected, found = result.model.predict(x, t), load(tmp_path).predict(x, t)
+    assert torch.equal(expected.fraction, found.fraction)
+    start = train({**config, "workdir": "", "train": {"steps": 0}}).model.predict(x, t)
+    assert not torch.equal(expected.fraction, start.fraction)
 
 
 def test_a_line_has_the_mean_loss_since_the_last(tiny):
@@ -396,6 +483,41 @@ def test_what_a_step_sees_depends_on_seed_and_step_alone(tiny, images, recorder,
     times = torch.cat([t for _, t, _ in reference])
     assert len(times.unique()) == 32
     assert not torch.isin(torch.cat([t for _, t, _ in seen(seed=1)]), times).any()
+
+
+@pytest.mark.parametrize("time", ["uniform", "log_normal"])
+def test_the_times_of_a_batch_are_spread_as_asked(tiny, recorder, time):
+    def times(spread, **sections):
+        network = recorder()
+        loss = {"time": time, "weighting": "simple", "spread": spread}
+        train(tiny(loss=loss, model={"prediction": "eps"}, train={"batch_size": 6}, **sections), network=network)
+        return torch.stack([t for _, t, _ in network.calls])
+
+    plain, even, pairs = (times(spread) for spread in ("independent", "stratified", "antithetic"))
+    assert torch.equal(plain[:, 0], even[:, 0])
+    assert torch.equal(plain[:, ::2], pairs[:, ::2])
+    # Back from times to u, by a table that leaves out a thousandth at either end.
+    table = torch.linspace(0.001, 0.999, 9_981, dtype=torch.float64)
+    grid = TIMES[time](VPSDE()).draw(table)[0]
+    even, pairs = (torch.from_numpy(np.interp(t.numpy(), grid.numpy(), table.numpy())) for t in (even, pairs))
+    gaps = (even.roll(-1, 1) - even).remainder(1)
+    assert (gaps - 1 / 6).abs().max() < 3e-3
+    assert (pairs[:, ::2] + pairs[:, 1::2] - 1).abs().max() < 3e-3
+
+
+def test_stratified_times_depend_on_seed_and_step_alone(tiny, recorder, tmp_path):
+    def times(stop=None, workdir="", **sections):
+        network = recorder()
+        config = tiny(workdir=workdir, loss={"spread": "stratified"}, **sections)
+        if stop:
+            interrupt(config, stop, network=recorder())
+        train(config, network=network)
+        return torch.cat([t for _, t, _ in network.calls])
+
+    reference = times()
+    assert torch.equal(times(optim={"lr": 0.3}), reference)
+    assert torch.equal(times(stop=4, workdir=str(tmp_path)), reference[3 * 4 :])
+    assert not torch.isin(times(seed=1), reference).any()
 
 
 def test_every_example_is_seen_once_an_epoch_in_a_new_order(tiny, recorder):
@@ -702,7 +824,12 @@ def test_a_network_of_ones_own_is_trained_in_place_and_its_average_is_a_copy(tin
     [
         (torch.nn.Identity(), {}, "network has no parameters"),
         (None, {"flip": True}, r"flip = True: the data have shape \(2,\)"),
-        (None, {"network": {"name": "mlp", "width": "8"}}, "network, sde or model: an option is of the wrong type"),
+        (None, {"network": {"name": "mlp", "width": "8"}}, "network, sde, model or loss: an option is of the wrong"),
+        (None, {"loss": {"weighting": {"name": "min_snr", "gamma": "5"}}}, "model or loss: an option is of the wrong"),
+        (None, {"loss": {"weighting": {"name": "min_snr", "gamma": -1}}}, "gamma = -1: must be positive"),
+        (None, {"loss": {"time": {"name": "log_normal", "std": 0.0}}}, r"std = 0\.0: must be positive"),
+        (None, {"loss": {"weighting": "hybrid"}}, r"'hybrid', model\.learned_variance = False"),
+        (None, {"model": {"learned_variance": True}}, r"'edm', model\.learned_variance = True"),
     ],
 )
 def test_what_does_not_fit_together_is_named(tiny, network, sections, message):

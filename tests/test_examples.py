@@ -1,0 +1,50 @@
+"""Every example of a trained model runs, in a small configuration, and writes pictures of the right size."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+# Side of an image of 28 pixels enlarged three times, and the gap around it.
+CELL, GAP = 3 * 28 + 2, 2
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """run(name, *arguments): what the example prints; relative paths are in tmp_path."""
+
+    def run(name, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_interpolate(run, tmp_path):
+    options = ["--count=2", "--columns=3", "--levels", "0.2", "--steps=2", "--tolerance=0.1", "--output=rows.png"]
+    printed = run("interpolate.py", *options)
+    # Two rows by ODE and one at a level.
+    assert Image.open(tmp_path / "rows.png").size == (3 * CELL + GAP, 3 * CELL + GAP)
+    assert re.search(r"error of [\d.e-]+, data in \[-1, 1\]; decoding took nfe \d+", printed)
+    assert printed.endswith("wrote rows.png\n")
+
+
+def test_progressive(run, tmp_path):
+    printed = run("progressive.py", "--count=2", "--levels=3", "--steps=4")
+    assert Image.open(tmp_path / "outputs" / "progressive.png").size == (3 * CELL + GAP, 2 * CELL + GAP)
+    assert Image.open(tmp_path / "outputs" / "rate_distortion.png").size == (500, 350)
+    assert re.search(r"2 samples: nfe 4, [\d.]+ seconds", printed)
+    assert re.search(r"[\d.]+ bits/dim ± [\d.]+ from one image to another; nfe 4", printed)
+
+
+@pytest.mark.parametrize("options", [[], ["--averaged"]])
+def test_spiral(run, tmp_path, options):
+    printed = run("spiral.py", "--iterations=3", "--batch_size=8", "--steps=4", *options)
+    assert Image.open(tmp_path / "outputs" / "spiral.png").size == (960, 344)
+    assert re.findall(r"(\d+) points: mean \|cos\| to the curve 0\.\d+ ± 0\.\d+", printed) == ["10", "20", "40"]
