@@ -246,7 +246,12 @@ def log_snr_round_trip() -> float:
     return max(relative(sde.t_from_log_snr(sde.log_snr(times(sde))), times(sde)) for sde in SDES.values())
 
 
-@formula("VP from β(t), log-SNR(t), (α, σ), or f(t) and g(t)", "test_general.py::", 1e-11, "relative")
+@formula(
+    "VP from β(t), log-SNR(t), (α, σ), or f(t) and g(t)",
+    "test_general.py::test_marginals_are_those_of_the_closed_form",
+    1e-11,
+    "relative",
+)
 def general_forms() -> float:
     """VP from its β, its log-SNR, its marginals and its rates."""
     from sde_diffusion.general import BetaSDE, LogSNRSDE, MarginalSDE, RateSDE
@@ -383,7 +388,9 @@ def hutchinson() -> float:
 # Bounds and weights.
 
 
-@formula("DDPM: weight on ε, β²/(2σ̃² (1 − β)(1 − ᾱ)), both variances", "test_chain.py::", 1e-9, "relative")
+@formula(
+    "DDPM: weight on ε, β²/(2σ̃² (1 − β)(1 − ᾱ)), both variances", "test_chain.py::test_eps_weight", 1e-9, "relative"
+)
 def eps_weight() -> float:
     """DDPM's weight on ε as printed, both variances."""
     worst = 0.0
@@ -408,7 +415,7 @@ def x0_weight() -> float:
     return max(relative(of_x0, from_eps), relative(of_x0, 0.5 * (snr[:-1] - snr[1:])))
 
 
-@formula("DDIM: ELBO weight at η = 1 = DDPM's", "test_chain.py::", 1e-9, "relative")
+@formula("DDIM: ELBO weight at η = 1 = DDPM's", "test_chain.py::test_ddim_weight_at_eta_1_is_ddpms", 1e-9, "relative")
 def ddim_weight() -> float:
     """DDIM's ELBO weight at η = 1 against DDPM's."""
     return relative(DDPM.ddim_weight(1.0), DDPM.eps_weight("posterior"))

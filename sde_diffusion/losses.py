@@ -40,7 +40,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -217,20 +217,22 @@ class Mean(Regression):
 
     def unit(self, model: DiffusionModel, t: Tensor) -> Tensor:
         """1/a."""
-        s, share = _step_back(model.sde, t, self.step or model.mean_step, 0.0)
-        return (1 / (model.sde.alpha(s) * share)).to(t.dtype)
+        # In float64: the state before is close, and a small.
+        t_exact = t.double()
+        s = (t_exact - (self.step or model.mean_step)).clamp(min=0)
+        return (1 / model.sde.posterior_mean(s, t_exact)[0]).to(t.dtype)
 
 
 @dataclass(frozen=True)
 class VLB(Regression):
     """N a²/2σ̃² on x₀: over uniform t its mean is the sum of the bound's N steps of Δ = t_max/N, in nats a dimension.
 
-    That is the part of the bound that trains a network, without terms that no network changes. Times before t_min
-    count as t_min, where SNR is still finite: the first step ends there.
+    A time has the weight of the step in whose cell it is, ((i − 1)Δ, iΔ]. That of the first is the decoder's, 1/2σ_1².
+    What no network changes is left out.
 
     Attributes:
-        steps: N of [0, t_max]; of them (t_max − t_min)/Δ lie in the range of times.
-        variance: σ̃² of the reverse step, "posterior" or "noising".
+        steps: N of [0, t_max], at least 2.
+        variance: σ̃² of the other steps, "posterior" or "noising".
     """
 
     steps: int = 1000
@@ -239,17 +241,15 @@ class VLB(Regression):
 
     def __post_init__(self) -> None:
         """Check both."""
-        _check_positive("steps", self.steps)
+        _check_steps(self.steps)
         if self.variance not in ("posterior", "noising"):
             raise ValueError(f"variance = {self.variance!r}: must be one of posterior, noising")
 
     def unit(self, model: DiffusionModel, t: Tensor) -> Tensor:
         """√(2σ̃²/N)/a."""
-        sde = model.sde
-        s, share = _step_back(sde, t, sde.t_max / self.steps, sde.t_min)
-        std = sde.sigma(s if self.variance == "posterior" else t.double())
-        weight = 0.5 * _count_steps(sde, self.steps) * share * (sde.alpha(s) / std).square()
-        return weight.rsqrt().to(t.dtype)
+        step = _step_of(model.sde, t, self.steps)
+        variance = torch.where(step.is_first, step.noising, step.v) if self.variance == "posterior" else step.noising
+        return (torch.sqrt(2 * variance / _count_steps(model.sde, self.steps)) / step.a).to(t.dtype)
 
 
 @dataclass(frozen=True)
@@ -301,7 +301,7 @@ class Hybrid(Weighting):
 
     def __post_init__(self) -> None:
         """Check both."""
-        _check_positive("steps", self.steps)
+        _check_steps(self.steps)
         _check_positive("vlb_weight", self.vlb_weight)
 
     def loss(self, model: DiffusionModel, prediction: Prediction, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -309,15 +309,14 @@ class Hybrid(Weighting):
         fraction = getattr(prediction, "fraction", None)
         if fraction is None:
             raise ValueError("weighting 'hybrid' needs a model with learned_variance=True")
-        sde = model.sde
-        s, share = _step_back(sde, t, sde.t_max / self.steps, sde.t_min)
-        # In units of the posterior's standard deviation √v = σ_s √r: it is 0 at t_min, where a/√v is too.
-        coefficients = sde.alpha(s) / sde.sigma(s) * share.sqrt(), (sde.sigma(t.double()) / sde.sigma(s)).square()
+        step = _step_of(model.sde, t, self.steps)
+        # In units of √v: powers of the variances themselves could underflow.
+        coefficients = step.a / step.v.sqrt(), step.noising / step.v
         a, noising = (expand_to(coefficient.to(x0.dtype), x0) for coefficient in coefficients)
         posterior = torch.ones_like(noising)
         reverse_variance = interpolate_variance(posterior, noising, fraction)
         kl = step_kl((x0 - prediction.x0).detach(), a, posterior, reverse_variance)
-        bound = _count_steps(sde, self.steps) * kl.flatten(1).mean(1)
+        bound = _count_steps(model.sde, self.steps) * kl.flatten(1).mean(1)
         return Simple().loss(model, prediction, x0, noise, t) + self.vlb_weight * bound
 
 
@@ -334,17 +333,44 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
 }
 
 
-def _step_back(sde: SDE, t: Tensor, length: float, first: float) -> tuple[Tensor, Tensor]:
-    """s = t − length, no earlier than ``first``, and the share 1 − SNR(t)/SNR(s), in float64."""
-    # Their log-SNRs are close: float32 would lose the difference. A time rounded to float32 may precede ``first``.
-    t = t.double().clamp(min=first)
-    s = (t - length).clamp(min=first)
-    return s, -torch.expm1(sde.log_snr(t) - sde.log_snr(s))
+class _Step(NamedTuple):
+    """A step of the chain of N equal steps for each time, in float64: whether it is the first, a, v and σ²_{t|s}."""
+
+    is_first: Tensor
+    a: Tensor
+    v: Tensor
+    noising: Tensor
+
+
+def _step_of(sde: SDE, t: Tensor, steps: int) -> _Step:
+    """The steps in whose cells ((i − 1)Δ, iΔ] the times t are, Δ = t_max/N.
+
+    The first has a = 1 and the whole variance σ²(Δ); its v, 0 in the chain, is the second's, as a decoder's variance
+    lies between these two.
+    """
+    width = sde.t_max / steps
+    # A time that is the end of a cell but for its rounding in float32 is in that cell.
+    end = width * torch.ceil(t.double() / width - 1e-4).clamp(1, steps)
+    start = end - width
+    is_first = end < 1.5 * width
+    share, second = sde.added_share(start, end), sde.added_share(end, end + width)
+    added, remaining = sde.sigma(end).square(), sde.sigma(start).square()
+    return _Step(
+        is_first,
+        torch.where(is_first, 1.0, sde.alpha(start) * share),
+        torch.where(is_first, added * second, remaining * share),
+        torch.where(is_first, added, added * share),
+    )
 
 
 def _count_steps(sde: SDE, steps: int) -> float:
     """How many of ``steps`` equal steps of [0, t_max] fill [t_min, t_max]."""
     return steps * (1 - sde.t_min / sde.t_max)
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 2:
+        raise ValueError(f"steps = {steps}: must be at least 2")
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -219,13 +219,10 @@ class _Mean(_X0):
     def __init__(self, model: DiffusionModel, t: Tensor, x: Tensor):
         super().__init__(model, t, x)
         # In float64: t − Δ, and the share of the noise that is added in between, cancel.
-        sde, t = model.sde, t.double()
+        t = t.double()
         s = (t - model.mean_step).clamp(min=0)
-        share = -torch.expm1(sde.log_snr(t) - sde.log_snr(s))
-        b = sde.alpha(t) / sde.alpha(s) * (sde.sigma(s) / sde.sigma(t)).square()
-        # The first state of a chain is the data, even where an SDE's σ(0) is not 0.
-        alpha_s = torch.where(s > 0, sde.alpha(s), 1.0)
-        a, b = torch.where(s > 0, alpha_s * share, 1.0), torch.where(s > 0, b, 0.0)
+        a, b = model.sde.posterior_mean(s, t)
+        alpha_s = torch.where(s > 0, model.sde.alpha(s), 1.0)
         self.alpha_s, self.a, self.b = (expand_to(value.to(x), x) for value in (alpha_s, a, b))
 
     def output(self, x0: Tensor, eps: Tensor) -> Tensor:

@@ -155,6 +155,21 @@ class SDE:
         """The number t at which u = log(σ/α)."""
         return float(self.t_from_log_snr(torch.tensor(-2 * u, dtype=torch.float64)))
 
+    def added_share(self, s: Tensor, t: Tensor) -> Tensor:
+        """Share of the noise at t that was added after s < t: 1 − SNR(t)/SNR(s), of their shape."""
+        return -torch.expm1(self.log_snr(t) - self.log_snr(s))
+
+    def posterior_mean(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """a and b of E[x_s | x_t, x₀] = a x₀ + b x_t, of the shape of s < t.
+
+        a = α_s share and b = (α_t/α_s) σ_s²/σ_t², with the share of ``added_share``; but (1, 0) at s = 0, as the first
+        state of a chain is the data even where σ(0) is not 0. Ho et al. 2020 (arXiv:2006.11239), eq. 7.
+        """
+        alpha_s = self.alpha(s)
+        a = alpha_s * self.added_share(s, t)
+        b = self.alpha(t) / alpha_s * (self.sigma(s) / self.sigma(t)).square()
+        return torch.where(s > 0, a, 1.0), torch.where(s > 0, b, 0.0)
+
     def reverse_diffusion(self, t: Tensor, eta: float | TimeFunction) -> Tensor:
         """Noise of the reverse SDE at t, of t's shape: η g(t) for a number η, else the level eta(t) itself.
 

@@ -7,7 +7,19 @@ import pytest
 import torch
 from hypothesis import settings
 
-from sde_diffusion import EDMSDE, SDE, VESDE, VPSDE, SubVPSDE
+from sde_diffusion import (
+    EDMSDE,
+    SDE,
+    VESDE,
+    VPSDE,
+    BetaSDE,
+    ConstantVESDE,
+    CosineVPSDE,
+    FlowSDE,
+    LogSNRSDE,
+    RateSDE,
+    SubVPSDE,
+)
 
 settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("reproducible")
@@ -23,7 +35,20 @@ class UserSDE(SDE):
         return torch.sin(0.5 * math.pi * t)
 
 
-EVERY_SDE: dict[str, SDE] = {"vp": VPSDE(), "subvp": SubVPSDE(), "ve": VESDE(), "edm": EDMSDE(), "user": UserSDE()}
+EVERY_SDE: dict[str, SDE] = {
+    "vp": VPSDE(),
+    "subvp": SubVPSDE(),
+    "ve": VESDE(),
+    "edm": EDMSDE(),
+    "cosine": CosineVPSDE(),
+    "constant_ve": ConstantVESDE(),
+    "flow": FlowSDE(),
+    "beta": BetaSDE(lambda t: 0.1 + 30 * t.square()),
+    # No closed form; the noise ends at 600 times the data.
+    "rate": RateSDE(lambda t: -1.6 * (1 + t), lambda t: torch.sqrt(2 + 3 * t), T=2.0),
+    "log_snr": LogSNRSDE(lambda t: 13 - 23 * t),
+    "user": UserSDE(),
+}
 
 
 @pytest.fixture(scope="session", params=list(EVERY_SDE.values()), ids=list(EVERY_SDE))

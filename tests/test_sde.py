@@ -6,10 +6,11 @@ import torchsde
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sde_diffusion import EDMSDE, SDE, VESDE, VPSDE, SubVPSDE
-from sde_diffusion.sde import drift_in_log_noise
+from sde_diffusion import EDMSDE, SDE, VESDE, VPSDE, ConstantVESDE, CosineVPSDE, FlowSDE, SubVPSDE
+from sde_diffusion.chain import BETAS, GaussianChain
+from sde_diffusion.sde import SDES, drift_in_log_noise
 
-CLOSED_FORMS = [VPSDE(), SubVPSDE(), VESDE(), EDMSDE()]
+CLOSED_FORMS = [VPSDE(), SubVPSDE(), VESDE(), EDMSDE(), CosineVPSDE(), ConstantVESDE(), FlowSDE()]
 DATA_SHAPES = [(5,), (2, 3, 4)]
 
 
@@ -56,12 +57,18 @@ def exact_rates(sde):
 def autograd_error(sde, rate, t):
     """Rounding error of the rate by autograd in float64, beyond a few units in its own last place.
 
-    σ̇ = g²/2σ + f σ is found as a sum that cancels: the derivative of expm1(−B) as (e^{−B} − 1) + 1.
+    σ̇ = g²/2σ + f σ is found as a sum that cancels: the derivative of expm1(−B) as (e^{−B} − 1) + 1. The α of the
+    cosine SDE is a sine of c (1 − t), whose derivative, a cosine, is near 0 at t = 0: there the rounding of 1 − t and
+    of its product with c moves α̇ by α̈ = −c² α times the error of the time, and f by that over α.
     """
-    if rate != "sigma_dot":
-        return 0.0
     t = t.double()
-    return 8 * torch.finfo(t.dtype).eps * (sde.drift_coefficient(t) * sde.sigma(t)).abs()
+    eps = torch.finfo(t.dtype).eps
+    if rate == "sigma_dot":
+        return 8 * eps * (sde.drift_coefficient(t) * sde.sigma(t)).abs()
+    if isinstance(sde, CosineVPSDE) and rate in ("alpha_dot", "drift_coefficient"):
+        frequency = 0.5 * math.pi / (1 + sde.offset)
+        return 2 * eps * frequency**2 * (sde.alpha(t) if rate == "alpha_dot" else 1)
+    return 0.0
 
 
 RATES = ["alpha_dot", "sigma_dot", "drift_coefficient", "diffusion"]
@@ -80,9 +87,17 @@ def test_defaults_agree_with_closed_forms(sde, rate, times):
     t = times(sde)
     argument = sde.log_snr(t) if rate == "t_from_log_snr" else t
     default, closed = getattr(SDE, rate)(sde, argument), getattr(sde, rate)(argument)
-    # A few roundings; bisection multiplies those of a log-SNR < 14 by |dt/d log-SNR|, at most T/2 (EDM's).
-    bound = torch.finfo(t.dtype).eps * (16 * closed.abs() + (14 * sde.T if rate == "t_from_log_snr" else 0))
+    # A few roundings. Bisection multiplies those of a log-SNR < 14 by |dt/d log-SNR|: at most T/2, and constant VE's T.
+    # The log-SNR is a difference of logarithms: where it is near 0 they keep the roundings of what they are taken of,
+    # 2 |dα|/α + 2 |dσ|/σ, whatever is left of them.
+    absolute = {"t_from_log_snr": 14 * sde.T, "log_snr": 8}.get(rate, 0)
+    bound = torch.finfo(t.dtype).eps * (16 * closed.abs() + absolute)
     assert ((default - closed).abs() <= bound + autograd_error(sde, rate, t)).all()
+
+
+def test_every_named_sde_is_held_to_the_defaults():
+    assert {type(sde) for sde in CLOSED_FORMS} <= set(SDES.values())
+    assert len(CLOSED_FORMS) == len({type(sde) for sde in CLOSED_FORMS}) == 7
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (3, 1)])
@@ -114,6 +129,62 @@ def test_marginals_are_the_papers(times):
     assert EDMSDE().T == 80
 
 
+@pytest.mark.parametrize("offset", [0.0, 0.008, 0.1])
+def test_cosine_marginals_are_the_papers(offset, times):
+    """ᾱ = f(t)/f(0) with f(t) = cos²(½π (t + s)/(1 + s)): Nichol & Dhariwal's eq. 17."""
+    sde = CosineVPSDE(offset)
+    t = times(sde)
+
+    def cosine(t):
+        return torch.cos(0.5 * math.pi * (t + offset) / (1 + offset))
+
+    alpha = cosine(t) / cosine(torch.zeros_like(t))
+    # Near t = 1 the angle is a rounding, 1e-16, from its place beside π/2, and α is 1e-3; near t = 0, α is that from 1.
+    torch.testing.assert_close(sde.alpha(t), alpha, rtol=1e-12, atol=0)
+    torch.testing.assert_close(sde.sigma(t) ** 2, 1 - alpha**2, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(
+        sde.diffusion(t) ** 2,
+        math.pi / (1 + offset) * torch.tan(0.5 * math.pi * (t + offset) / (1 + offset)),
+        rtol=1e-12,
+        atol=0,
+    )
+
+
+def test_cosine_without_offset_is_the_quarter_of_a_circle(user_sde, times):
+    sde, t = CosineVPSDE(offset=0.0), times(user_sde)
+    torch.testing.assert_close(sde.alpha(t), user_sde.alpha(t), rtol=1e-12, atol=0)
+    torch.testing.assert_close(sde.sigma(t), user_sde.sigma(t), rtol=1e-15, atol=0)
+
+
+def test_cosine_is_the_limit_of_the_cosine_chain():
+    chain = GaussianChain.ddpm(BETAS["cosine"](1000))
+    t = torch.arange(1000, dtype=torch.float64) / 1000
+    # The last step is clipped; the others multiply a thousand ratios of two ᾱ.
+    torch.testing.assert_close(CosineVPSDE().alpha(t), chain.marginal_scales[:-1], rtol=1e-11, atol=0)
+
+
+def test_constant_ve_is_the_limit_of_the_chain_of_constant_rate():
+    chain = GaussianChain.constant_rate(1000, 3.0)
+    t = torch.arange(1001, dtype=torch.float64) / 1000
+    sde = ConstantVESDE(3.0)
+    torch.testing.assert_close(sde.sigma(t), chain.marginal_stds, rtol=1e-12, atol=0)
+    assert (sde.alpha(t) == 1).all()
+    assert (sde.drift_coefficient(t) == 0).all()
+    assert (sde.diffusion(t) == 3).all()
+
+
+def test_flow_is_the_straight_path(times, ring):
+    sde = FlowSDE()
+    t = times(sde)
+    assert torch.equal(sde.alpha(t), 1 - t)
+    assert torch.equal(sde.sigma(t), t)
+    torch.testing.assert_close(sde.diffusion(t) ** 2, 2 * t / (1 - t), rtol=1e-15, atol=0)
+    model, ends = ring.under(sde), torch.tensor([0.3, 0.7, 1.0], dtype=torch.float64)
+    x = model.sample(3, t=0.5)
+    x0, eps = model.predict(x, ends)
+    assert torch.equal(sde.reverse(model, eta=0.0).drift(x, ends), eps - x0)
+
+
 def test_diffusion_of_the_table(times):
     t = times(VPSDE())
     beta, integral = 0.1 + 19.9 * t, 0.1 * t + 19.9 * t**2 / 2
@@ -132,17 +203,30 @@ def test_log_snr(any_sde, dtype, times):
     assert (any_sde.log_snr(t.sort().values).diff() <= 0).all()
 
 
+@pytest.mark.parametrize("sde", CLOSED_FORMS, ids=repr)
+def test_log_snr_is_infinite_where_there_is_no_noise_or_no_data(sde, dtype):
+    ends = torch.tensor([0, sde.T], dtype=dtype)
+    first, last = sde.log_snr(ends).tolist()
+    assert not math.isnan(first)
+    assert not math.isnan(last)
+    assert (first == math.inf) == (not isinstance(sde, VESDE))
+    assert (last == -math.inf) == isinstance(sde, CosineVPSDE | FlowSDE)
+    assert torch.equal(sde.t_from_log_snr(torch.tensor([math.inf, -math.inf], dtype=dtype)), ends)
+
+
 @given(fraction=st.floats(0, 1), power=st.floats(0, 9))
 def test_time_from_log_snr_inverts_it(any_sde, dtype, fraction, power):
     span = any_sde.t_max - any_sde.t_min
     t = torch.tensor(any_sde.t_min + span * fraction * 10**-power, dtype=dtype)
     exact_t = t.double().requires_grad_()
     slope = gradient(any_sde.log_snr(exact_t), exact_t)
-    # What one rounding of the log-SNR hides of t, and a few of t: 2e-6 of it in float32 at VP's t_min, where
-    # the log-SNR is 13.8 and its slope -1/t. Near t = 0, VE has only the absolute error.
+    # What one rounding of the log-SNR hides of t, and a few of t: near VP's t_min, where the log-SNR is 13.8 and its
+    # slope -1/t, half a unit in its last place is already 5e-7 of t in float32, whatever the inverse. Near t = 0, VE
+    # has only the absolute error.
     hidden = any_sde.log_snr(exact_t).abs() / slope.abs()
     error = (any_sde.t_from_log_snr(any_sde.log_snr(t)) - t).abs()
     assert error <= torch.finfo(dtype).eps * (hidden + 4 * t)
+    assert error <= {torch.float32: 1e-6, torch.float64: 1e-12}[dtype] * any_sde.T
     if dtype == torch.float64 and t > 1e-3 * span:
         assert error <= 1e-12 * t
 
@@ -161,6 +245,21 @@ def test_time_from_log_snr_beyond_the_range_of_float32():
     torch.testing.assert_close(sde.t_from_log_snr(sde.log_snr(t)), t, rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("name", ["alpha", "sigma", "log_snr"])
+def test_functions_of_time_compile_to_one_graph(any_sde, name):
+    torch._dynamo.reset()
+    function = getattr(any_sde, name)
+    t = torch.tensor([0.2, 0.5, 0.9]) * any_sde.T
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(t), function(t))
+
+
+def test_functions_of_time_stay_on_the_device_of_t(any_sde):
+    t = torch.empty(3, device="meta")
+    names = ("alpha", "sigma", "log_snr", "t_from_log_snr", *RATES)
+    assert {getattr(any_sde, name)(t).device.type for name in names} == {"meta"}
+
+
 def test_range_of_time(any_sde, dtype):
     assert 0 <= any_sde.t_min < 0.01 * any_sde.T
     assert 0.99 * any_sde.T < any_sde.t_max <= any_sde.T
@@ -172,6 +271,13 @@ def test_range_of_time(any_sde, dtype):
     assert (any_sde.log_snr(ends).abs() <= 2 * math.log(1000) + slack).all()
 
 
+def cosine_time(ratio, offset=0.008):
+    """The time of σ/α = ratio: φ with sin² φ = (sin² φ₀ + ratio²)/(1 + ratio²), as cos φ = α cos φ₀."""
+    scale = 0.5 * math.pi / (1 + offset)
+    tangent = math.sqrt(math.sin(scale * offset) ** 2 + ratio**2) / math.cos(scale * offset)
+    return math.atan(tangent) / scale - offset
+
+
 @pytest.mark.parametrize(
     ("sde", "t_min", "t_max"),
     [
@@ -181,11 +287,15 @@ def test_range_of_time(any_sde, dtype):
         (VESDE(), 0, 1),
         (VESDE(1e-4, 1e4), math.log(10) / math.log(1e8), math.log(1e7) / math.log(1e8)),
         (EDMSDE(), 0.002, 80),
+        (CosineVPSDE(), cosine_time(1e-3), cosine_time(1e3)),
+        (ConstantVESDE(), (1e-3 / 50) ** 2, 1),
+        (ConstantVESDE(2e3), (1e-3 / 2e3) ** 2, 0.25),
+        (FlowSDE(), 1e-3 / (1 + 1e-3), 1 / (1 + 1e-3)),
     ],
     ids=repr,
 )
 def test_ends_of_time(sde, t_min, t_max):
-    # The root above cancels a factor of 500 at VP.
+    # The roots above cancel a factor of 500 at VP, and of 300 at the cosine's start.
     assert sde.t_min == pytest.approx(t_min, rel=1e-12)
     assert sde.t_max == pytest.approx(t_max, rel=1e-12)
 
@@ -287,7 +397,92 @@ def test_reverse_drift(any_sde, ring, eta):
         assert torch.equal(reverse.drift(x, t), model.velocity(x, t))
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
+def level(t):
+    """A noise level for any SDE."""
+    return torch.sqrt(0.3 + t)
+
+
+def test_reverse_drift_at_a_noise_level(any_sde, ring):
+    """α̇ x̂₀ + σ̇ ε̂ + ½ w²/σ ε̂, with w in place of η g."""
+    model = ring.under(any_sde)
+    t = torch.tensor([0.05, 0.3, 0.6, 0.95], dtype=torch.float64) * any_sde.T
+    x = model.sample(4, t=0.5 * any_sde.T)
+    x0, eps = model.predict(x, t)
+    from_noise = 0.5 * level(t) ** 2 / any_sde.sigma(t)
+    terms = any_sde.alpha_dot(t)[:, None] * x0, any_sde.sigma_dot(t)[:, None] * eps, from_noise[:, None] * eps
+    reverse = any_sde.reverse(model, eta=level)
+    bound = 8 * torch.finfo(t.dtype).eps * sum(term.abs() for term in terms)
+    assert ((reverse.drift(x, t) - sum(terms)).abs() <= bound).all()
+    assert torch.equal(reverse.diffusion(t), level(t))
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_a_number_eta_is_the_noise_level_eta_g(any_sde, ring, eta):
+    model = ring.under(any_sde)
+    t = torch.tensor([0.05, 0.3, 0.6, 0.95], dtype=torch.float64) * any_sde.T
+    x = model.sample(4, t=0.5 * any_sde.T)
+    by_number, by_level = (any_sde.reverse(model, e) for e in (eta, lambda t: eta * any_sde.diffusion(t)))
+    assert torch.equal(by_number.drift(x, t), by_level.drift(x, t))
+    assert torch.equal(by_number.diffusion(t), by_level.diffusion(t))
+
+
+def test_no_variance_depends_on_the_noise_level(any_sde):
+    """Backwards in time, dv/dt = 2 k v − w² for a drift k x: at v = α² c + σ² it is d(α² c + σ²)/dt whatever w is."""
+    c, t = 0.5, torch.tensor([0.05, 0.3, 0.6, 0.95], dtype=torch.float64, requires_grad=True)
+    variance = any_sde.alpha(any_sde.T * t) ** 2 * c + any_sde.sigma(any_sde.T * t) ** 2
+    expected = gradient(variance, t) / any_sde.T
+    t, v = any_sde.T * t.detach(), variance.detach()
+    for eta in (0.0, 1.0, level):
+        data_rate, noise_rate = any_sde.reverse_rates(t, eta)
+        k = (data_rate * any_sde.alpha(t) * c + noise_rate * any_sde.sigma(t)) / v
+        spread = any_sde.reverse_diffusion(t, eta) ** 2
+        terms = 2 * any_sde.alpha(t) * data_rate * c, 2 * any_sde.sigma(t) * noise_rate, spread
+        bound = 32 * torch.finfo(t.dtype).eps * sum(term.abs() for term in terms)
+        bound = bound + 2 * any_sde.sigma(t) * autograd_error(any_sde, "sigma_dot", t)
+        assert ((2 * k * v - spread - expected).abs() <= bound).all()
+
+
+def test_a_flow_with_a_finite_noise_level_starts_where_g_is_infinite(ring, dtype):
+    sde = FlowSDE()
+    model = ring.under(sde)
+    x, last = torch.ones(3, 2, dtype=dtype), torch.ones((), dtype=dtype)
+    assert sde.diffusion(last) == math.inf
+    reverse = sde.reverse(model, eta=lambda t: torch.sqrt(2 * t))
+    x0, eps = model.predict(x, last)
+    # σ̇ + ½ w²/σ = 1 + 1.
+    torch.testing.assert_close(reverse.drift(x, 1.0), 2 * eps - x0)
+    assert torch.isfinite(reverse.drift(x, 1.0)).all()
+    assert torch.equal(reverse.diffusion(last), torch.sqrt(2 * last))
+
+
+@pytest.mark.parametrize("sde", [EDMSDE(), FlowSDE()], ids=repr)
+def test_the_odes_rates_are_finite_without_noise(sde):
+    start = torch.zeros(())
+    assert sde.sigma(start) == 0
+    assert sde.reverse_rates(start, 0.0) == (sde.alpha_dot(start), 1)
+
+
+@pytest.mark.parametrize("sde", CLOSED_FORMS, ids=repr)
+def test_the_ode_is_finite_at_the_end_of_time(sde, ring, dtype):
+    model, x = ring.under(sde), torch.ones(3, 2, dtype=dtype)
+    reverse = sde.reverse(model, eta=0.0)
+    assert torch.isfinite(reverse.drift(x, sde.T)).all()
+    assert reverse.diffusion(torch.tensor(sde.T, dtype=dtype)) == 0
+
+
+@pytest.mark.parametrize(
+    ("eta", "got"),
+    [(lambda t: 1.0, "1.0"), (lambda t: torch.ones(3), r"\(3,\)"), (lambda t: t[None], r"\(1, 2\)")],
+)
+def test_a_noise_level_of_another_shape_is_an_error(any_sde, ring, eta, got):
+    t = torch.tensor([0.3, 0.6]) * any_sde.T
+    reverse = any_sde.reverse(ring.under(any_sde), eta)
+    for call in (lambda: reverse.diffusion(t), lambda: reverse.drift(torch.ones(2, 2), t)):
+        with pytest.raises(ValueError, match=rf"eta\(t\) = {got} for t of shape \(2,\): must be a tensor of that"):
+            call()
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0, level], ids=["ode", "sde", "level"])
 def test_drift_over_log_noise_is_the_drift_over_time(any_sde, ring, eta):
     model = ring.under(any_sde)
     x = any_sde.perturb(ring.sample(4), 0.4 * any_sde.T, torch.ones(4, 2, dtype=torch.float64))
@@ -352,6 +547,13 @@ def test_simulated_forward_sde_has_the_marginals(any_sde):
         (lambda: VESDE(sigma_min=0.0), "sigma_min = 0.0"),
         (lambda: EDMSDE(1.0, 1.0), "sigma_min = 1.0, sigma_max = 1.0"),
         (lambda: EDMSDE(sigma_max=math.inf), "sigma_max = inf"),
+        (lambda: ConstantVESDE(0.0), "sigma_q = 0.0: must be positive and finite"),
+        (lambda: ConstantVESDE(-1.0), "sigma_q = -1.0"),
+        (lambda: ConstantVESDE(math.inf), "sigma_q = inf"),
+        (lambda: ConstantVESDE(math.nan), "sigma_q = nan"),
+        (lambda: CosineVPSDE(-0.1), "offset = -0.1: must be finite and at least 0"),
+        (lambda: CosineVPSDE(offset=math.inf), "offset = inf"),
+        (lambda: CosineVPSDE(offset=math.nan), "offset = nan"),
     ],
 )
 def test_parameters_are_checked(build, message):
@@ -395,7 +597,9 @@ def test_an_sde_must_define_its_marginal():
         SDE().sigma(t)
 
 
-@pytest.mark.parametrize("sde", [*CLOSED_FORMS, VPSDE(0.2, 30.0), EDMSDE(0.01, 10.0)], ids=repr)
+@pytest.mark.parametrize(
+    "sde", [*CLOSED_FORMS, VPSDE(0.2, 30.0), EDMSDE(0.01, 10.0), CosineVPSDE(0.02), ConstantVESDE(3.0)], ids=repr
+)
 def test_repr_builds_an_equal_sde(sde):
     assert sde.t_min < sde.t_max, "read first: what it caches is no parameter"
     rebuilt = eval(repr(sde))
