@@ -322,9 +322,9 @@ def test_hybrid_is_finite_at_the_ends(any_sde, dtype):
     x0, noise, output, _ = batch(any_sde, dtype, n=4)
     ends = torch.tensor([any_sde.t_min, any_sde.t_max], dtype=torch.float64)
     t = torch.cat([ends, ends * (1 - 1e-7)]).to(dtype)
-    for value in (-9.0, 0.0, 1.0, 9.0):
+    for value in (-5.0, 0.0, 1.0, 5.0):
         fraction = torch.full_like(x0, value).requires_grad_(True)
-        # The ratio of variances is below 1000, VE's first step's, and its 9th power a number of float32.
+        # The ratio of variances is below 1000, VE's first step's, and its fifth power a number of float32.
         model = model_of(any_sde, "edm", output, fraction)
         loss = denoising_loss(model, x0, t, noise, Hybrid(10_000))
         (gradient,) = torch.autograd.grad(loss.sum(), fraction)
