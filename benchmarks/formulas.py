@@ -19,6 +19,8 @@ from torch import Tensor
 
 import sde_diffusion as sd
 from sde_diffusion import tutorial
+from sde_diffusion.bound import log_bin_mass
+from sde_diffusion.losses import TIMES, WEIGHTINGS
 from sde_diffusion.model import PREDICTIONS
 from sde_diffusion.samplers.ddim import DDIM
 
@@ -199,6 +201,29 @@ def betas_order() -> float:
     return slope(error)
 
 
+@formula("zero terminal SNR: √ᾱ_1 kept, √ᾱ_T = 0", "test_chain.py::test_zero_terminal_snr", 1e-15, "absolute")
+def zero_terminal_snr() -> float:
+    """Both ends of the rescaled schedule."""
+    scales = sd.GaussianChain.ddpm(sd.zero_terminal_snr(BETAS)).marginal_scales
+    return max(abs(float(scales[1] - DDPM.marginal_scales[1])), float(scales[-1]))
+
+
+@formula(
+    "best variance (σ²/λ²)(1 − σ² E‖s‖²/D) = mean of Cov[x_t \\| x_{t+1}]",
+    "test_chain.py::test_optimal_variance_is_the_mean_of_the_reverse_covariance",
+    1e-9,
+    "relative",
+)
+def optimal_variance() -> float:
+    """For a Gaussian, whose E‖s‖²/D is the mean of 1/(ᾱ c + 1 − ᾱ) over eigenvalues c."""
+    c = torch.tensor([0.05, 0.3, 2.0], dtype=F64)[:, None]
+    total = ALPHA_BAR[1:] * c + 1 - ALPHA_BAR[1:]
+    before = ALPHA_BAR[:-1] * c + 1 - ALPHA_BAR[:-1]
+    exact = (before * BETAS / total).mean(0)
+    best = DDPM.optimal_variance((1 / total).mean(0))
+    return relative(best[1:], exact[1:])
+
+
 # Continuous time.
 
 
@@ -309,6 +334,50 @@ def predictions_round_trip() -> float:
     return worst
 
 
+@formula(
+    "forward SDE, 2,000 Euler-Maruyama steps, against α x₀, σ: VP",
+    "test_sde.py::test_simulated_forward_sde_has_the_marginals",
+    4,
+    "s.e.",
+)
+def simulated_forward() -> float:
+    """Mean and spread of 20,000 paths of VP at t = ½, whose bias is a tenth of a standard error."""
+    vp, steps, paths = sd.VPSDE(), 2000, 20_000
+    generator = torch.Generator().manual_seed(0)
+    x, dt = torch.full((paths, 1), 1.5, dtype=F64), 0.5 / steps
+    for i in range(steps):
+        t = torch.tensor((i + 0.5) * dt, dtype=F64)
+        noise = torch.randn(x.shape, generator=generator, dtype=F64)
+        x = x + vp.drift(x, t) * dt + vp.diffusion(t) * math.sqrt(dt) * noise
+    end = torch.tensor(0.5, dtype=F64)
+    mean = (x.mean() - 1.5 * vp.alpha(end)).abs() / (vp.sigma(end) / math.sqrt(paths))
+    spread = (x.std() / vp.sigma(end) - 1).abs() * math.sqrt(2 * paths)
+    return float(torch.maximum(mean, spread))
+
+
+@formula("prior: log N(x; 0, p² I), every SDE", "test_sde.py::test_prior_density", 1e-12, "relative")
+def prior_density() -> float:
+    """Against torch's."""
+    worst = 0.0
+    for sde in SDES.values():
+        x = sde.prior_std * normal(16, 5)
+        reference = torch.distributions.Normal(torch.zeros((), dtype=F64), sde.prior_std).log_prob(x).sum(1)
+        worst = max(worst, relative(sde.prior_log_prob(x), reference))
+    return worst
+
+
+@formula("EDM: x̂₀ = c_skip x' + c_out F", "test_model.py::test_edm_is_the_papers_preconditioning", 1e-9, "absolute")
+def edm_preconditioning() -> float:
+    """In the paper's variables x' = x/α, σ' = σ/α."""
+    vp, t, data = sd.VPSDE(), 0.3, 0.5
+    x, output = normal(64, 2), normal(64, 2, seed=1)
+    model = sd.DiffusionModel(lambda x, t: output, vp, "edm", data_shape=(2,), sigma_data=data)
+    time = torch.tensor(t, dtype=F64)
+    level = vp.sigma(time) / vp.alpha(time)
+    skip, out = data**2 / (level**2 + data**2), level * data / torch.sqrt(level**2 + data**2)
+    return absolute(model.denoise(x, t), skip * x / vp.alpha(time) + out * output)
+
+
 # Exact models.
 
 
@@ -385,6 +454,23 @@ def hutchinson() -> float:
     return float((estimate.log_prob - exact.log_prob).mean().abs() / error)
 
 
+@formula(
+    "points: ancestral sampling by Σ w_i N(a x⁽ⁱ⁾ + b x, v) ends in them",
+    "test_exact.py::test_ancestral_sampling_returns_the_points",
+    1e-9,
+    "absolute",
+)
+def ancestral_sampling() -> float:
+    """Largest distance of 200 samples to the nearest of 30 points."""
+    chain = sd.GaussianChain.ddpm(sd.BETAS["cosine"](50))
+    points = ring().sample(30)
+    generator = torch.Generator().manual_seed(0)
+    x = normal(200, 2)
+    for t in reversed(range(len(chain))):
+        x = sd.Empirical(points).reverse_step(x, t, chain, generator)
+    return float((x[:, None] - points).square().sum(2).min(1).values.max().sqrt())
+
+
 # Bounds and weights.
 
 
@@ -457,6 +543,85 @@ def cross_entropy() -> float:
     values = p.log_prob(m_q + s_q * normal(100_000))
     exact = float(p.log_prob(torch.tensor(m_q, dtype=F64))) - 0.5 * s_q**2 / s_p**2
     return float((values.mean() - exact).abs() / (values.std() / math.sqrt(len(values))))
+
+
+@formula("DDIM: ELBO weight as printed, η = ½", "test_chain.py::test_ddim_weight", 1e-6, "relative")
+def ddim_weight_printed() -> float:
+    """(√ᾱ_{t−1} − c √ᾱ_t)² (1 − ᾱ_t)/ᾱ_t/2ς², whose bracket cancels."""
+    std = 0.5 * DDPM.posterior()[2][1:].sqrt()
+    before, after = ALPHA_BAR[1:-1], ALPHA_BAR[2:]
+    c = torch.sqrt((1 - before - std.square()) / (1 - after))
+    printed = (before.sqrt() - c * after.sqrt()).square() * (1 - after) / after / (2 * std.square())
+    return relative(DDPM.ddim_weight(0.5)[1:], printed)
+
+
+@formula(
+    "vlb: mean over the ends of cells = Σ of the chain's weights",
+    "test_losses.py::test_the_steps_of_the_bound_add_up",
+    1e-9,
+    "relative",
+)
+def vlb_weights() -> float:
+    """Weights on x₀ of 50 steps of VP, of which the first is the decoder's."""
+    vp, steps = sd.VPSDE(), 50
+    chain = vp.discretize(steps)
+    a, _, v = chain.posterior()
+    variance = torch.cat([chain.stds[:1].square(), v[1:]])
+    model = sd.DiffusionModel(lambda x, t: x, vp, "x0", data_shape=(1,))
+    unit = WEIGHTINGS["vlb"](steps=steps).unit(model, chain.times[1:])
+    count = steps * (1 - vp.t_min / vp.t_max)
+    return relative(unit**-2 / count, a.square() / (2 * variance))
+
+
+@formula(
+    "importance: t uniform in log-SNR, density × weight constant, every SDE",
+    "test_losses.py::test_importance_is_uniform_in_log_snr",
+    1e-9,
+    "relative",
+)
+def importance() -> float:
+    """The weight against the slope of the times over u."""
+    worst = 0.0
+    for sde in SDES.values():
+        u = torch.linspace(0.05, 0.95, 50, dtype=F64).requires_grad_()
+        t, weight = TIMES["importance"](sde).draw(u)
+        log_snr = sde.log_snr(t.detach())
+        span = sde.log_snr(torch.tensor([sde.t_min, sde.t_max], dtype=F64)).diff().abs()
+        even = span * 0.9 / 49
+        worst = max(worst, relative(log_snr.diff().abs(), even.expand(49)))
+        rate = (sde.diffusion(t.detach()) / sde.sigma(t.detach())).square()
+        worst = max(worst, relative(weight.detach() * rate * (sde.t_max - sde.t_min), span.expand(50)))
+    return worst
+
+
+@formula(
+    "decoder: masses of the bins add up to one", "test_bound.py::test_masses_of_the_bins_sum_to_one", 1e-12, "absolute"
+)
+def decoder_bins() -> float:
+    """For means in and outside the range, and two variances."""
+    codes = torch.arange(256)
+    info = sd.DataInfo()
+    edges = info.bin_edges(codes, info.points(codes, "centres", F64), "centres")
+    worst = 0.0
+    for mean in (-1.5, -0.3, 0.999):
+        for variance in (1e-5, 0.3):
+            values = torch.full((256,), mean, dtype=F64), torch.full((256,), variance, dtype=F64)
+            worst = max(worst, abs(float(log_bin_mass(*edges, *values).exp().sum()) - 1))
+    return worst
+
+
+@formula(
+    "bound of infinitely many steps = −log p for the exact model",
+    "test_bound.py::test_never_below_the_negative_log_density",
+    4,
+    "s.e.",
+)
+def bound_in_the_limit() -> float:
+    """Paired differences over 1,000 points."""
+    model, x0 = ring().under(sd.VPSDE()), ring().sample(1000, seed=2)
+    bound = sd.variational_bound(model, x0, steps=math.inf, terms=100)
+    difference = bound.nats + model.log_prob(x0, float(bound.times[0]))
+    return float(difference.mean().abs() / (difference.std() / math.sqrt(len(x0))))
 
 
 # DDIM and the tutorial form.
