@@ -20,7 +20,7 @@ from torch import Tensor
 import sde_diffusion as sd
 from sde_diffusion import tutorial
 from sde_diffusion.bound import log_bin_mass
-from sde_diffusion.losses import TIMES, WEIGHTINGS
+from sde_diffusion.losses import TIMES, VLB
 from sde_diffusion.model import PREDICTIONS
 from sde_diffusion.samplers.ddim import DDIM
 
@@ -568,7 +568,7 @@ def vlb_weights() -> float:
     a, _, v = chain.posterior()
     variance = torch.cat([chain.stds[:1].square(), v[1:]])
     model = sd.DiffusionModel(lambda x, t: x, vp, "x0", data_shape=(1,))
-    unit = WEIGHTINGS["vlb"](steps=steps).unit(model, chain.times[1:])
+    unit = VLB(steps).unit(model, chain.times[1:])
     count = steps * (1 - vp.t_min / vp.t_max)
     return relative(unit**-2 / count, a.square() / (2 * variance))
 

@@ -73,7 +73,7 @@ def load(
         CheckpointError: if nothing is there, or it is damaged, or its tensors do not fit the network.
     """
     path = _model_file(Path(path), raw)
-    tensors, header = _load_tensors(path)
+    tensors, header = load_tensors(path)
     description = _description(path, header)
     config = description["config"]
     if network is None and config["network"]["name"] == "custom":
@@ -91,7 +91,7 @@ def load(
 def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Config, data shape and data range of the model in a run directory or .safetensors; errors as for ``load``."""
     path = _model_file(Path(path), raw=False)
-    return _description(path, _load_tensors(path)[1])
+    return _description(path, load_tensors(path)[1])
 
 
 def pretrained(name: str) -> Path:
@@ -145,9 +145,9 @@ def save_checkpoint(
     partial.mkdir(parents=True)
     _save_model(raw, partial / "raw.safetensors", config)
     _save_model(average, partial / "model.safetensors", config)
-    _save_tensors(dict(_optimizer_tensors(optimizer)), partial / "optimizer.safetensors", {})
+    save_tensors(dict(_optimizer_tensors(optimizer)), partial / "optimizer.safetensors", {})
     if learnt := times.state_dict():
-        _save_tensors(learnt, partial / "times.safetensors", {})
+        save_tensors(learnt, partial / "times.safetensors", {})
     write_json(partial / "state.json", state)
     if final.exists():
         shutil.rmtree(final)
@@ -171,10 +171,10 @@ def load_checkpoint(
         CheckpointError: naming the damaged file or the tensor that does not fit.
     """
     for model, name in ((raw, "raw.safetensors"), (average, "model.safetensors")):
-        fill(model, _load_tensors(path / name)[0], path / name)
+        fill(model, load_tensors(path / name)[0], path / name)
     moments: dict[int, dict[str, Tensor]] = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for name, tensor in _load_tensors(path / "optimizer.safetensors")[0].items():
+    for name, tensor in load_tensors(path / "optimizer.safetensors")[0].items():
         index, _, kind = name.partition(".")
         if not index.isdigit() or int(index) >= len(parameters):
             raise CheckpointError(f"{path / 'optimizer.safetensors'}: tensor {name} belongs to no parameter")
@@ -190,7 +190,7 @@ def load_checkpoint(
         moments.setdefault(int(index), {})[kind] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     if times.state_dict():
-        learnt = _load_tensors(path / "times.safetensors")[0]
+        learnt = load_tensors(path / "times.safetensors")[0]
         try:
             times.load_state_dict(learnt)
         except ValueError as error:
@@ -249,10 +249,11 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, 
 
 def _save_model(model: DiffusionModel, path: Path, config: Mapping[str, Any]) -> None:
     description = {"config": config, "data_shape": model.data_shape, "data": asdict(model.data)}
-    _save_tensors(model.state_dict(), path, {_HEADER: json.dumps(description)})
+    save_tensors(model.state_dict(), path, {_HEADER: json.dumps(description)})
 
 
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str]) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str]) -> None:
+    """Write a .safetensors file with a header of strings, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     # Copied: safetensors refuses tensors that share memory, such as tied weights.
     copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
@@ -261,7 +262,8 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path, header: dict[str, s
     partial.replace(path)
 
 
-def _load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a .safetensors file and its header; CheckpointError if it is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in sorted(file.keys())}, file.metadata() or {}
