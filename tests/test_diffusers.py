@@ -204,3 +204,105 @@ def test_all_thousand_steps(peer, monkeypatch, solver, options, dtype):
     comparison = Comparison(peer(solver, "linear"), "linear", T, dtype, **options)
     assert comparison.timesteps == list(range(T - 1, -1, -1))
     comparison.check(monkeypatch)
+
+
+# Multistep solvers. The peer takes its timesteps' σ/α from a table, which is replaced by ours, in float64, and
+# computes DPM-Solver++ in float32 whatever the dtype of the samples: 1e-7 of states of order one, a few times.
+
+MULTISTEP = {
+    "dpmpp_2m": ("dpmpp", {"solver_order": 2, "solver_type": "midpoint"}, {}),
+    "unipc_1_bh1": ("unipc", {"solver_order": 1, "solver_type": "bh1"}, {"order": 1, "variant": "bh1"}),
+    "unipc_2_bh1": ("unipc", {"solver_order": 2, "solver_type": "bh1"}, {"order": 2, "variant": "bh1"}),
+    "unipc_2_bh2": ("unipc", {"solver_order": 2, "solver_type": "bh2"}, {"order": 2, "variant": "bh2"}),
+    "unipc_3_bh1": ("unipc", {"solver_order": 3, "solver_type": "bh1"}, {"order": 3, "variant": "bh1"}),
+    "unipc_3_bh2": ("unipc", {"solver_order": 3, "solver_type": "bh2"}, {"order": 3, "variant": "bh2"}),
+    "deis_1": ("deis", {"solver_order": 1}, {"order": 1, "form": "noise"}),
+    "deis_2": ("deis", {"solver_order": 2}, {"order": 2, "form": "noise"}),
+    "deis_3": ("deis", {"solver_order": 3}, {"order": 3, "form": "noise"}),
+}
+
+
+class MultistepComparison:
+    """A run of ours over a VP SDE, and the peer's scheduler at the same σ/α."""
+
+    def __init__(self, solver, peer_solver, peer_options, steps, grid, **options):
+        from diffusers.schedulers.scheduling_deis_multistep import DEISMultistepScheduler
+        from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+        from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+
+        classes = {
+            "dpmpp": DPMSolverMultistepScheduler,
+            "unipc": UniPCMultistepScheduler,
+            "deis": DEISMultistepScheduler,
+        }
+        self.sde = sd.VPSDE()
+        self.model = sd.DiffusionModel(self.eps, self.sde, "eps", data_shape=SHAPE)
+        x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        run = sd.sample(
+            self.model,
+            2,
+            solver=solver,
+            steps=steps,
+            grid=grid,
+            t_end=1e-3,
+            x_start=x,
+            trajectory=True,
+            dtype=x.dtype,
+            **options,
+        )
+        self.states, self.times = run.trajectory, torch.tensor(run.times, dtype=torch.float64)
+        if peer_solver != "deis":
+            peer_options = peer_options | {"final_sigmas_type": "sigma_min"}
+        self.scheduler = classes[peer_solver](num_train_timesteps=T, **peer_options)
+        self.scheduler.set_timesteps(steps)
+        self.scheduler.sigmas = self.sde.sigma(self.times) / self.sde.alpha(self.times)
+        self.scheduler.set_begin_index(0)
+
+    def eps(self, x, t):
+        """About that of N(0, I) data, with a term that mixes the entries of x."""
+        alpha, sigma = (f(t).reshape(-1, 1, 1, 1) for f in (self.sde.alpha, self.sde.sigma))
+        return sigma * (x + alpha * 0.3 * torch.sin(3 * x.roll(1, -1)))
+
+    def peer_step(self, i, x):
+        output = self.eps(x, self.times[i].expand(len(x)))
+        return self.scheduler.step(output, self.scheduler.timesteps[i], x).prev_sample
+
+
+@pytest.mark.parametrize(("steps", "grid"), [(20, "log_snr"), (20, "quadratic"), (8, "log_snr")])
+@pytest.mark.parametrize("case", MULTISTEP)
+def test_multistep(case, steps, grid):
+    peer_solver, peer_options, options = MULTISTEP[case]
+    solver = "dpmpp_2m" if peer_solver == "dpmpp" else peer_solver
+    # Ours keeps its order up to the end from 15 steps on, as the peer's DPM-Solver++ but not its UniPC; DEIS always.
+    peer_options = peer_options | {"lower_order_final": steps < 15 and peer_solver != "deis"}
+    comparison = MultistepComparison(solver, peer_solver, peer_options, steps, grid, **options)
+    run = [comparison.states[0]]
+    for i in range(steps):
+        run.append(comparison.peer_step(i, run[-1]))
+    tolerance = 1e-5 if peer_solver == "dpmpp" else 1e-9
+    torch.testing.assert_close(comparison.states, torch.stack(run), rtol=tolerance, atol=tolerance)
+
+
+def test_the_peers_third_order_lacks_half_its_last_term():
+    """The peer's D₂ is the divided difference, of which the second derivative is twice: its order is 2, not 3.
+
+    h² D″/2 = (D₁₀ − D₁₁)/(r₀ + r₁) stands there for h² D″ in the Taylor series of D. Ours has the whole term.
+    """
+    steps = 20
+    peer_options = {"solver_order": 3, "solver_type": "midpoint"}
+    comparison = MultistepComparison("dpmpp_3m", "dpmpp", peer_options, steps, "quadratic")
+    sde, times = comparison.sde, comparison.times
+    h = sde.log_snr(times).diff() / 2
+    data = [comparison.model.denoise(x, t) for x, t in zip(comparison.states, times, strict=True)]
+    largest = 0.0
+    for i, x in enumerate(comparison.states[:-1]):
+        missing = torch.zeros_like(x)
+        if i > 1:
+            r0, r1 = h[i - 1] / h[i], h[i - 2] / h[i]
+            slopes = (data[i] - data[i - 1]) / r0, (data[i - 1] - data[i - 2]) / r1
+            factor = (torch.expm1(-h[i]) + h[i]) / h[i] ** 2 - 0.5
+            missing = -sde.alpha(times[i + 1]) * factor * (slopes[0] - slopes[1]) / (r0 + r1)
+            largest = max(largest, float(missing.abs().max()))
+        peers = comparison.peer_step(i, x)
+        torch.testing.assert_close(comparison.states[i + 1], peers + missing, rtol=1e-5, atol=1e-5)
+    assert largest > 1e-3

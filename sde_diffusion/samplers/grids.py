@@ -1,10 +1,12 @@
 """Times at which a solver stops on its way from noise to data.
 
-| name    | equal steps in          |
-|---------|-------------------------|
-| log_snr | log(σ/α), so that the noise falls by one factor a step, whatever the SDE |
-| angle   | atan(σ/α), in which noise turns into data at an even pace; finite at both ends |
-| t       | time                    |
+| name      | equal steps in                                                                      |
+|-----------|-------------------------------------------------------------------------------------|
+| log_snr   | log(σ/α), so that the noise falls by one factor a step, whatever the SDE            |
+| angle     | atan(σ/α), in which noise turns into data at an even pace; finite at both ends      |
+| t         | time                                                                                |
+| karras    | (σ/α)^{1/7}, between log_snr and equal steps of noise; Karras et al. 2022, eq. 5    |
+| quadratic | √t, so that steps shrink towards the data; Song et al. 2021 (DDIM), appendix D.2    |
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from itertools import pairwise
 import torch
 
 from sde_diffusion.sde import SDE
+
+# ρ of Karras et al.
+_RHO = 7
 
 
 def _equal_in_time(sde: SDE, start: float, end: float, steps: int) -> torch.Tensor:
@@ -35,10 +40,25 @@ def _equal_in_angle(sde: SDE, start: float, end: float, steps: int) -> torch.Ten
     return sde.t_from_log_snr(-2 * torch.log(torch.tan(angle)))
 
 
+def _equal_in_root_of_noise(sde: SDE, start: float, end: float, steps: int) -> torch.Tensor:
+    # Only the noisy end may be infinite: there is a root of no noise.
+    check_log_snr(sde, start, start)
+    ends = torch.tensor([start, end], dtype=torch.float64)
+    first, last = (sde.sigma(ends) / sde.alpha(ends)).pow(1 / _RHO).tolist()
+    root = torch.linspace(first, last, steps + 1, dtype=torch.float64)
+    return sde.t_from_log_snr(-2 * _RHO * torch.log(root))
+
+
+def _equal_in_root_of_time(sde: SDE, start: float, end: float, steps: int) -> torch.Tensor:
+    return torch.linspace(math.sqrt(start), math.sqrt(end), steps + 1, dtype=torch.float64).square()
+
+
 GRIDS: dict[str, Callable[[SDE, float, float, int], torch.Tensor]] = {
     "log_snr": _equal_in_log_snr,
     "angle": _equal_in_angle,
     "t": _equal_in_time,
+    "karras": _equal_in_root_of_noise,
+    "quadratic": _equal_in_root_of_time,
 }
 
 
@@ -53,8 +73,8 @@ def time_grid(sde: SDE, kind: str | Sequence[float], start: float, end: float, s
         steps: number of steps; not used for given times.
 
     Raises:
-        ValueError: for an unknown kind, a non-decreasing grid or one outside [0, T], or a "log_snr" grid with
-            an end where that is infinite.
+        ValueError: for an unknown kind, a non-decreasing grid or one outside [0, T], a "log_snr" grid with
+            an end where that is infinite, or a "karras" grid with such a start.
     """
     if not isinstance(kind, str):
         times = [sde.check_time("grid", float(t)) for t in kind]

@@ -5,11 +5,17 @@ With n² = α² + σ², the scaled state y = x/n = cos θ x̂₀ + sin θ ε̂ m
     dy/dθ = cos θ ε̂ − sin θ x̂₀
 
 which is bounded at both ends for every SDE.
-The step is that of Karras et al. 2022, algorithm 1, in these variables.
+The step is that of Karras et al. 2022 (arXiv:2206.00364), algorithm 1, in these variables.
+
+Their algorithm 2 raises the noise level before a step, which takes p_t to the p of a later time t̂ exactly:
+
+    σ̂/α̂ = (1 + γ) σ/α        x̂ = (α̂/α) x + S_noise √(σ̂² − (α̂/α)² σ²) z
+    γ = min(S_churn/N, √2 − 1) where S_tmin ≤ σ/α ≤ S_tmax, else 0
 """
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -17,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.samplers.solver import Noise, Predict, StepSolver
-from sde_diffusion.sde import SDE
+from sde_diffusion.sde import SDE, non_negative
 
 
 class Heun(StepSolver):
@@ -32,19 +38,7 @@ class Heun(StepSolver):
 
     def prepare(self, sde: SDE, times: Tensor) -> dict[str, Tensor]:
         """n, cos θ and sin θ at both ends, and the step in θ."""
-        alpha, sigma = sde.alpha(times), sde.sigma(times)
-        norm, angle = torch.sqrt(alpha.square() + sigma.square()), torch.atan2(sigma, alpha)
-        return {
-            "t": times[:-1],
-            "s": times[1:],
-            "norm_t": norm[:-1],
-            "norm_s": norm[1:],
-            "cos_t": angle.cos()[:-1],
-            "cos_s": angle.cos()[1:],
-            "sin_t": angle.sin()[:-1],
-            "sin_s": angle.sin()[1:],
-            "step": angle.diff(),
-        }
+        return self._between(sde, times[:-1], times[1:])
 
     def step(self, predict: Predict, x: Tensor, c: SimpleNamespace, noise: Noise) -> Tensor:
         """Euler to s, then the average of the slopes at t and s."""
@@ -54,3 +48,61 @@ class Heun(StepSolver):
         x0, eps = predict(c.norm_s * (y + c.step * slope_t), c.s)
         slope_s = c.cos_s * eps - c.sin_s * x0
         return c.norm_s * (y + 0.5 * c.step * (slope_t + slope_s))
+
+    @staticmethod
+    def _between(sde: SDE, t: Tensor, s: Tensor) -> dict[str, Tensor]:
+        c = {"t": t, "s": s}
+        angles = {}
+        for name, time in list(c.items()):
+            alpha, sigma = sde.alpha(time), sde.sigma(time)
+            angles[name] = torch.atan2(sigma, alpha)
+            c[f"norm_{name}"] = torch.sqrt(alpha.square() + sigma.square())
+            c[f"cos_{name}"], c[f"sin_{name}"] = angles[name].cos(), angles[name].sin()
+        return c | {"step": angles["s"] - angles["t"]}
+
+
+class EDM(Heun):
+    """Heun's steps, each from a raised noise level: stochastic, two evaluations a step.
+
+    Without churn it is ``Heun``, which steps in θ and x/n where the paper steps in σ/α and x/α. The churn does not
+    depend on these variables.
+    """
+
+    default_steps: ClassVar[int] = 100
+
+    def __init__(self, churn: float = 40.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0):
+        """Set how much the noise is raised.
+
+        Args:
+            churn: S_churn, shared by all steps, 0 for none; the paper's are 30 to 80.
+            s_tmin: lowest noise level σ/α to be raised.
+            s_tmax: highest; no level is raised above that of t_max.
+            s_noise: factor on the noise that is added: above 1 it makes up for detail that a network's x̂₀ loses, but
+                for an exact model is an error.
+
+        Raises:
+            ValueError: for a negative or infinite churn or s_noise, or unless 0 <= s_tmin <= s_tmax.
+        """
+        self.churn, self.s_noise = non_negative("churn", churn), non_negative("s_noise", s_noise)
+        if not 0 <= s_tmin <= s_tmax:
+            raise ValueError(f"s_tmin = {s_tmin}, s_tmax = {s_tmax}: need 0 <= s_tmin <= s_tmax")
+        self.s_tmin, self.s_tmax = float(s_tmin), float(s_tmax)
+
+    def prepare(self, sde: SDE, times: Tensor) -> dict[str, Tensor]:
+        """α̂/α and the standard deviation of the noise that raises t to t̂; then Heun's from t̂ to s."""
+        t, s = times[:-1], times[1:]
+        log_snr = sde.log_snr(t)
+        level = torch.exp(-0.5 * log_snr)
+        gamma = min(self.churn / len(t), math.sqrt(2) - 1)
+        raised = sde.t_from_log_snr(log_snr - 2 * math.log1p(gamma)).clamp(max=sde.t_max)
+        is_raised = (gamma > 0) & (self.s_tmin <= level) & (level <= self.s_tmax) & (raised > t)
+        t_hat = torch.where(is_raised, raised, t)
+        scale = torch.where(is_raised, sde.alpha(t_hat) / sde.alpha(t), 1.0)
+        std = torch.where(is_raised, sde.sigma(t_hat) * torch.sqrt(sde.added_share(t, t_hat)), 0.0)
+        return self._between(sde, t_hat, s) | {"churn_scale": scale, "churn_std": self.s_noise * std}
+
+    def step(self, predict: Predict, x: Tensor, c: SimpleNamespace, noise: Noise) -> Tensor:
+        """Raise the noise, then Heun's step."""
+        if self.churn:
+            x = c.churn_scale * x + c.churn_std * noise()
+        return super().step(predict, x, c, noise)

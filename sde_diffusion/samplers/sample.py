@@ -16,10 +16,13 @@ from sde_diffusion.model import Model, Prediction, check_finite, evaluating, sli
 from sde_diffusion.samplers.brownian import TorchSDE
 from sde_diffusion.samplers.ddim import DDIM, DDPM
 from sde_diffusion.samplers.euler_maruyama import EulerMaruyama
+from sde_diffusion.samplers.exponential import Exponential, SDEDPMSolver2M, SDEDPMSolver3M
 from sde_diffusion.samplers.grids import check_log_snr, time_grid
-from sde_diffusion.samplers.heun import Heun
+from sde_diffusion.samplers.heun import EDM, Heun
+from sde_diffusion.samplers.multistep import DEIS, DPMSolver2M, DPMSolver2S, DPMSolver3M, UniPC
 from sde_diffusion.samplers.noise import Streams
 from sde_diffusion.samplers.ode import ODE
+from sde_diffusion.samplers.predictor_corrector import PredictorCorrector
 from sde_diffusion.samplers.solver import Problem, Solver
 from sde_diffusion.sde import SDE
 
@@ -29,7 +32,17 @@ SOLVERS: dict[str, type[Solver]] = {
     "heun": Heun,
     "ddim": DDIM,
     "ddpm": DDPM,
+    "dpmpp_2s": DPMSolver2S,
+    "dpmpp_2m": DPMSolver2M,
+    "dpmpp_3m": DPMSolver3M,
+    "deis": DEIS,
+    "unipc": UniPC,
     "torchsde": TorchSDE,
+    "exponential": Exponential,
+    "sde_dpmpp_2m": SDEDPMSolver2M,
+    "sde_dpmpp_3m": SDEDPMSolver3M,
+    "pc": PredictorCorrector,
+    "edm": EDM,
 }
 
 # By default a batch holds 2²⁰ numbers, but no more samples than whose random streams fit into some 50 MB.
@@ -98,7 +111,7 @@ def sample(
         nfe: evaluations of the model allowed; excludes ``steps``.
         steps: steps of the solver; its own default if neither is given. An adaptive method takes its own, and this
             sets the points at which its trajectory is kept.
-        grid: "log_snr", "angle", "t", or the decreasing times themselves; by default the solver's own, or "angle" where
+        grid: a key of ``grids.GRIDS``, or the decreasing times themselves; by default the solver's, or "angle" where
             the log-SNR is infinite.
         x_start: where to start, (n, *data_shape), in place of draws from the prior.
         t_start: the time of x_start; t_max by default. Without x_start it may be after t_max, up to T: where no data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -84,13 +85,19 @@ class Solver(ABC):
 class StepSolver(Solver):
     """A solver of fixed steps: all coefficients first, in float64, then one line of arithmetic a step."""
 
+    # How many tensors, such as earlier predictions, a step may leave to those after it.
+    memory: int = 0
+
     @abstractmethod
     def prepare(self, sde: SDE, times: Tensor) -> dict[str, Tensor]:
-        """Coefficients (N,) by name, for the N steps between decreasing times (N + 1,)."""
+        """Coefficients (N,) or (N, K) by name, for the N steps between decreasing times (N + 1,)."""
 
     @abstractmethod
     def step(self, predict: Predict, x: Tensor, c: SimpleNamespace, noise: Noise) -> Tensor:
-        """One step; c holds its coefficients, () each, under the names that ``prepare`` gave them."""
+        """One step; c holds its coefficients, () or (K,) each, under the names that ``prepare`` gave them.
+
+        c.past is a deque of the last ``memory`` tensors that steps have appended to it, empty at first.
+        """
 
     def solve(self, problem: Problem, x: Tensor) -> Tensor:
         """Prepare, then step."""
@@ -98,15 +105,16 @@ class StepSolver(Solver):
         coefficients = self.prepare(problem.sde, times)
         for name, values in coefficients.items():
             if not bool(values.isfinite().all()):
-                t = float(times[int((~values.isfinite()).nonzero()[0])])
+                t = float(times[int((~values.isfinite()).nonzero()[0, 0])])
                 raise ValueError(
                     f"grid: the coefficient {name!r} is not finite at t = {t}: stay within [{problem.sde.t_min}, "
                     f"{problem.sde.t_max}], or take a solver or a noise level that is finite there"
                 )
         columns = [value.to(device=x.device, dtype=x.dtype).unbind() for value in coefficients.values()]
         noise = StepNoise(problem.streams, x.shape[1:], x.dtype)
+        past: deque[Tensor] = deque(maxlen=self.memory)
         for i, row in enumerate(zip(*columns, strict=True), start=1):
-            c = SimpleNamespace(**dict(zip(coefficients, row, strict=True)))
+            c = SimpleNamespace(**dict(zip(coefficients, row, strict=True)), past=past)
             x = self.step(problem.predict, x, c, noise)
             problem.observe(i, x)
         return x

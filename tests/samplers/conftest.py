@@ -7,6 +7,19 @@ import pytest
 import torch
 
 import sde_diffusion as sd
+from sde_diffusion.samplers.solver import Problem
+
+# What solvers see of these they see of the others too, but a look-up costs more.
+_SLOW = (sd.RateSDE, sd.LogSNRSDE)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Leave the SDEs from functions to the slow tests, here alone."""
+    for item in items:
+        sde = getattr(item, "callspec", None) and item.callspec.params.get("any_sde")
+        if isinstance(sde, _SLOW) and item.path.parent.name == "samplers":
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
@@ -93,3 +106,37 @@ def counting():
             return self.model.predict(x, t, **cond)
 
     return Counting
+
+
+class _OneDrawEach:
+    """Streams of which number j > 0 holds 1 at the j-th draw and 0 at all others, and number 0 only 0."""
+
+    def __init__(self, n):
+        self.draws = torch.eye(n, dtype=torch.float64)
+
+    def normal(self, shape, dtype):
+        calls, *rest = shape
+        # StepNoise draws more than it hands out.
+        drawn, self.draws = self.draws[:, 1 : calls + 1], self.draws[:, calls:]
+        drawn = torch.nn.functional.pad(drawn, (0, calls - drawn.shape[1]))
+        return drawn.reshape(*drawn.shape, *[1] * len(rest)).expand(-1, -1, *rest).to(dtype)
+
+
+@pytest.fixture(scope="session")
+def variance_error(pointwise):
+    """variance_error(sde, solver, times): of a solver that is affine for N(0, ½), from p at times[0], relative.
+
+    x is then linear in the start and in every draw of noise: each is followed alone, and their squares add up.
+    """
+
+    def error(sde, solver, times, variance=0.5):
+        model = pointwise(sde, variance)
+        exact = sde.alpha(times).square() * variance + sde.sigma(times).square()
+        # At most as many draws a step as evaluations, and one at least.
+        n = 1 + (len(times) - 1) * solver.evaluations_per_step()
+        x = torch.zeros(n, 1, dtype=torch.float64)
+        x[0] = exact[0].sqrt()
+        problem = Problem(sde, model.predict, times.tolist(), _OneDrawEach(n), lambda i, x: None, lambda i: None)
+        return float(solver.solve(problem, x).square().sum() / exact[-1]) - 1
+
+    return error

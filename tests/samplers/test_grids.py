@@ -1,3 +1,4 @@
+import math
 from itertools import pairwise
 
 import pytest
@@ -51,6 +52,27 @@ def test_time_falls_by_equal_steps(any_sde):
     torch.testing.assert_close(times.diff(), torch.full((40,), expected, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
+def test_the_root_of_time_falls_by_equal_steps(any_sde):
+    times = torch.tensor(time_grid(any_sde, "quadratic", any_sde.t_max, any_sde.t_min, 40), dtype=torch.float64)
+    steps = times.sqrt().diff()
+    torch.testing.assert_close(steps, steps.mean().expand(40), rtol=0, atol=1e-14 * math.sqrt(any_sde.T))
+
+
+def test_noise_falls_as_published(any_sde):
+    """σ_i = (σ_max^{1/ρ} + i/N (σ_min^{1/ρ} − σ_max^{1/ρ}))^ρ with ρ = 7, of data at scale 1."""
+    times = torch.tensor(time_grid(any_sde, "karras", any_sde.t_max, any_sde.t_min, 40), dtype=torch.float64)
+    noise = any_sde.sigma(times) / any_sde.alpha(times)
+    first, last = noise[0] ** (1 / 7), noise[-1] ** (1 / 7)
+    published = (first + torch.arange(41, dtype=torch.float64) / 40 * (last - first)) ** 7
+    # As for the log-SNR, of which this is the exponential of half.
+    torch.testing.assert_close(noise, published, rtol=1e-10, atol=0)
+
+
+def test_a_grid_of_noise_ends_where_there_is_none():
+    times = time_grid(sd.EDMSDE(), "karras", 80.0, 0.0, 10)
+    assert times == pytest.approx([80 * (1 - i / 10) ** 7 for i in range(11)], rel=1e-12)
+
+
 @pytest.mark.parametrize(
     "times", [[1.0, 0.5, 0.1], (0.9, 0.0), torch.tensor([1.0, 0.25])], ids=["list", "tuple", "tensor"]
 )
@@ -61,7 +83,12 @@ def test_given_times_are_kept(times):
 @pytest.mark.parametrize(
     ("kind", "start", "end", "message"),
     [
-        ("cosine", 1.0, 0.1, "grid = 'cosine': must be one of log_snr, angle, t, or decreasing times"),
+        (
+            "cosine",
+            1.0,
+            0.1,
+            "grid = 'cosine': must be one of log_snr, angle, t, karras, quadratic, or decreasing times",
+        ),
         ([0.1, 0.5], 1.0, 0.1, r"grid = \[0.1, 0.5\]: needs at least two strictly decreasing times"),
         ([0.5, 0.5], 1.0, 0.1, r"grid = \[0.5, 0.5\]: needs at least two strictly decreasing times"),
         ([0.5], 1.0, 0.1, r"grid = \[0.5\]: needs at least two"),
@@ -91,3 +118,5 @@ def test_a_start_without_signal_has_no_log_snr():
     with pytest.raises(ValueError, match=r"t_start = 1\.0: the log-SNR is infinite there"):
         check_log_snr(Straight(), 1.0, 0.5)
     check_log_snr(Straight(), 0.999, 0.5)
+    with pytest.raises(ValueError, match=r"t_start = 1\.0: the log-SNR is infinite there"):
+        time_grid(Straight(), "karras", 1.0, 0.5, 4)

@@ -1,4 +1,4 @@
-"""Heun's method: its order for every SDE, and its stability in few steps."""
+"""Heun's method: its order for every SDE, and its stability in few steps; the same with churn."""
 
 import math
 from itertools import pairwise
@@ -7,6 +7,9 @@ import pytest
 import torch
 
 import sde_diffusion as sd
+from sde_diffusion.samplers.heun import EDM, Heun
+from sde_diffusion.samplers.noise import StepNoise, Streams
+from sde_diffusion.samplers.solver import Problem
 
 
 def solve(model, x, solver, **options):
@@ -66,3 +69,78 @@ def test_a_step_is_the_average_of_the_slopes_at_its_ends(any_sde, pointwise):
     out = sd.sample(model, 4, solver="heun", grid=grid, x_start=x, dtype=torch.float64)
     torch.testing.assert_close(out.samples, expected, rtol=1e-10, atol=1e-12)
     assert out.nfe == 2
+
+
+# Churn.
+
+
+def solve_on(times, solver, model, x, seed=5):
+    problem = Problem(model.sde, model.predict, times, Streams(seed, range(len(x))), lambda i, x: None, lambda i: None)
+    return solver.solve(problem, x)
+
+
+@pytest.fixture
+def grid():
+    """grid(sde, start, end, steps): times of equal steps in log-SNR."""
+    return lambda sde, *ends: sde.t_from_log_snr(torch.linspace(*ends[:2], ends[2] + 1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("options", [{"churn": 0.0}, {"s_tmin": 1e5}, {"s_tmax": 1e-5}], ids=str)
+def test_without_churn_it_is_heuns_method(any_sde, options, pointwise):
+    """In the scaled variables, over θ: the same numbers, as no level is raised."""
+    times = torch.linspace(any_sde.t_max, any_sde.t_min, 6, dtype=torch.float64).tolist()
+    x = any_sde.prior_std * torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = pointwise(any_sde)
+    assert torch.equal(solve_on(times, EDM(**options), model, x), solve_on(times, Heun(), model, x))
+
+
+@pytest.mark.parametrize(("churn", "gamma"), [(0.2, 0.1), (40.0, math.sqrt(2) - 1)])
+def test_churn_is_the_published_one(any_sde, churn, gamma, grid, pointwise):
+    """x'̂ = x' + S_noise √(σ'̂² − σ'²) z with σ'̂ = (1 + γ) σ', in x' = x/α and σ' = σ/α; then Heun's step from there."""
+    model, s_noise = pointwise(any_sde), 1.1
+    # Of two steps, so that γ = S_churn/2; the second is below S_tmin.
+    times = grid(any_sde, -1.0, 2.0, 2)
+    level = torch.exp(-0.5 * any_sde.log_snr(times[0]))
+    x, noise = torch.ones(4, 3, dtype=torch.float64), StepNoise(Streams(5, range(4)), (3,), torch.float64)
+    raised = level * (1 + gamma)
+    t_hat = any_sde.t_from_log_snr(-2 * torch.log(raised))
+    scaled = x / any_sde.alpha(times[0]) + s_noise * torch.sqrt(raised**2 - level**2) * noise()
+    expected = solve_on([float(t_hat), *times[1:].tolist()], Heun(), model, any_sde.alpha(t_hat) * scaled)
+    solver = EDM(churn, s_tmin=float(level) - 1e-6, s_noise=s_noise)
+    torch.testing.assert_close(solve_on(times.tolist(), solver, model, x), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("churn", [0.0, 1.0, 10.0])
+def test_with_churn_the_variance_converges_at_second_order(any_sde, churn, grid, variance_error):
+    coarse, fine = (variance_error(any_sde, EDM(churn), grid(any_sde, -7.0, 6.0, n)) for n in (100, 200))
+    assert math.log2(abs(coarse / fine)) == pytest.approx(2, abs=0.2)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_churn_in_few_steps_does_not_blow_up(any_sde, steps, pointwise):
+    """Nor is any level raised above that of t_max, where the model may know nothing."""
+    times = torch.linspace(any_sde.t_max, any_sde.t_min, steps + 1, dtype=torch.float64)
+    c = EDM().prepare(any_sde, times)
+    assert (c["t"] <= any_sde.t_max).all()
+    assert (c["t"] >= times[:-1]).all()
+    x = any_sde.prior_std * torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    out = solve_on(times.tolist(), EDM(), pointwise(any_sde), x)
+    # Heun's steps contract the scaled state (see above) and churn at most adds noise of its own size each time.
+    assert out.abs().max() < 5 * (1 + steps) * any_sde.prior_std
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"churn": -1.0}, "churn = -1.0: must be finite and at least 0"),
+        ({"churn": math.inf}, "churn = inf: must be finite and at least 0"),
+        ({"s_noise": -0.1}, "s_noise = -0.1: must be finite and at least 0"),
+        ({"s_tmin": -1.0}, "s_tmin = -1.0, s_tmax = inf: need 0 <= s_tmin <= s_tmax"),
+        ({"s_tmin": 2.0, "s_tmax": 1.0}, "s_tmin = 2.0, s_tmax = 1.0: need 0 <= s_tmin <= s_tmax"),
+        ({"s_tmax": math.nan}, "s_tmin = 0.0, s_tmax = nan: need 0 <= s_tmin <= s_tmax"),
+    ],
+    ids=str,
+)
+def test_churns_errors_name_the_option(options, message):
+    with pytest.raises(ValueError, match=message):
+        EDM(**options)
