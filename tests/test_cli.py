@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sde_diffusion import solvers
 from sde_diffusion.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -122,7 +123,7 @@ def test_bound_of_the_shipped_model_in_the_limit(capsys):
         (["train", "--config.optim.lr=1", "--workdir=x"], "give --config=FILE too"),
         (["train", CONFIG, "--wrkdir=x"], "Unknown command line flag 'wrkdir'"),
         (["train", CONFIG, "word"], "'word' is not a flag"),
-        (["sample", "--solver=odee"], "value should be one of <em|ode|heun|ddim|ddpm|torchsde>"),
+        (["sample", "--solver=odee"], f"value should be one of <{'|'.join(solvers())}>"),
         (["sample", "--steps=0"], "steps = 0: must be at least 1"),
         (["sample", "--steps=3", "--nfe=3"], "steps = 3 and nfe = 3: give one of them"),
         (["sample", "--workdir=nowhere"], "nowhere"),
