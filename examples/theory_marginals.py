@@ -16,7 +16,7 @@ import sde_diffusion as sd
 def main() -> None:
     """Write the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", default="runs/theory_marginals.png", help="file to write")
+    parser.add_argument("--output", default="outputs/theory_marginals.png", help="file to write")
     output = Path(parser.parse_args().output)
     sdes = [
         sd.VPSDE(),

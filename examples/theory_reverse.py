@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--paths", type=int, default=12, help="paths drawn")
     parser.add_argument("--steps", type=int, default=500, help="steps of a path")
-    parser.add_argument("--output", default="runs/theory_reverse.png", help="file to write")
+    parser.add_argument("--output", default="outputs/theory_reverse.png", help="file to write")
     arguments = parser.parse_args()
 
     means = torch.tensor([[-1.0], [1.2]], dtype=torch.float64)
@@ -42,7 +42,7 @@ def main() -> None:
         axis.set_xlabel("t")
     output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
+    figure.savefig(output, dpi=80)
     print(f"{arguments.paths} paths of {arguments.steps} steps; see {output}")
 
 

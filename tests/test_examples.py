@@ -48,3 +48,13 @@ def test_spiral(run, tmp_path, options):
     printed = run("spiral.py", "--iterations=3", "--batch_size=8", "--steps=4", *options)
     assert Image.open(tmp_path / "outputs" / "spiral.png").size == (960, 344)
     assert re.findall(r"(\d+) points: mean \|cos\| to the curve 0\.\d+ ± 0\.\d+", printed) == ["10", "20", "40"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size"),
+    [("theory_marginals.py", [], (1540, 374)), ("theory_reverse.py", ["--paths=2", "--steps=10"], (1120, 272))],
+)
+def test_theory(run, tmp_path, name, options, size):
+    printed = run(name, *options, "--output=picture.png")
+    assert Image.open(tmp_path / "picture.png").size == size
+    assert printed.endswith("see picture.png\n")
