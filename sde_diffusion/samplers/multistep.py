@@ -139,11 +139,7 @@ class Multistep(StepSolver):
         if order not in allowed:
             raise ValueError(f"order = {order}: must be one of {', '.join(map(str, allowed))}")
         self.form, self.order, self.lower_order_final = FORMS[form], order, lower_order_final
-
-    @property
-    def memory(self) -> int:  # type: ignore[override]
-        """The predictions of ``order`` times."""
-        return self.order
+        self.memory = order
 
     def prepare(self, sde: SDE, times: Tensor) -> dict[str, Tensor]:
         """A (N,) and the weights W w_j (N, order), the present time's first."""
@@ -279,11 +275,8 @@ class UniPC(Multistep):
         if variant not in ("bh1", "bh2"):
             raise ValueError(f"variant = {variant!r}: must be one of bh1, bh2")
         self.variant = variant
-
-    @property
-    def memory(self) -> int:  # type: ignore[override]
-        """The predictions of ``order`` times, and the state corrected last."""
-        return self.order + 1
+        # The predictions of ``order`` times, and the state corrected last.
+        self.memory = order + 1
 
     def prepare(self, sde: SDE, times: Tensor) -> dict[str, Tensor]:
         """The predictor's coefficients, and those of the corrector of the step before it: (N,) and (N, order + 1)."""
