@@ -117,9 +117,9 @@ class Regression(Weighting):
 
     target: ClassVar[str]
 
-    @abstractmethod
     def unit(self, model: DiffusionModel, t: Tensor) -> Tensor:
-        """1/√w(t), (B,): the error that costs one."""
+        """1/√w(t), (B,): the error that costs one; 1 unless a subclass weighs times."""
+        return torch.ones_like(t)
 
     def loss(self, model: DiffusionModel, prediction: Prediction, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """(B,) losses."""
@@ -140,10 +140,6 @@ class Simple(Regression):
 
     target = "eps"
 
-    def unit(self, model: DiffusionModel, t: Tensor) -> Tensor:
-        """1."""
-        return torch.ones_like(t)
-
 
 @dataclass(frozen=True)
 class PlainX0(Regression):
@@ -151,20 +147,12 @@ class PlainX0(Regression):
 
     target = "x0"
 
-    def unit(self, model: DiffusionModel, t: Tensor) -> Tensor:
-        """1."""
-        return torch.ones_like(t)
-
 
 @dataclass(frozen=True)
 class PlainV(Regression):
     """1 on v = α ε − σ x₀; under VP it is 1 + SNR on x₀."""
 
     target = "v"
-
-    def unit(self, model: DiffusionModel, t: Tensor) -> Tensor:
-        """1."""
-        return torch.ones_like(t)
 
 
 @dataclass(frozen=True)
