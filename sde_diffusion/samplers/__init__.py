@@ -1,5 +1,6 @@
 """From noise to data: solvers, their time grids and their random numbers."""
 
-from sde_diffusion.samplers.sample import SOLVERS, Samples, sample, solvers
+from sde_diffusion.samplers.registry import SOLVERS, SolverInfo, solvers
+from sde_diffusion.samplers.sample import Samples, sample
 
-__all__ = ["SOLVERS", "Samples", "sample", "solvers"]
+__all__ = ["SOLVERS", "Samples", "SolverInfo", "sample", "solvers"]

@@ -2,48 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sde_diffusion.model import Model, Prediction, check_finite, evaluating, slice_cond
-from sde_diffusion.samplers.brownian import TorchSDE
-from sde_diffusion.samplers.ddim import DDIM, DDPM
-from sde_diffusion.samplers.euler_maruyama import EulerMaruyama
-from sde_diffusion.samplers.exponential import Exponential, SDEDPMSolver2M, SDEDPMSolver3M
 from sde_diffusion.samplers.grids import check_log_snr, time_grid
-from sde_diffusion.samplers.heun import EDM, Heun
-from sde_diffusion.samplers.multistep import DEIS, DPMSolver2M, DPMSolver2S, DPMSolver3M, UniPC
 from sde_diffusion.samplers.noise import Streams
-from sde_diffusion.samplers.ode import ODE
-from sde_diffusion.samplers.predictor_corrector import PredictorCorrector
+from sde_diffusion.samplers.registry import make_solver
 from sde_diffusion.samplers.solver import Problem, Solver
 from sde_diffusion.sde import SDE
-
-SOLVERS: dict[str, type[Solver]] = {
-    "em": EulerMaruyama,
-    "ode": ODE,
-    "heun": Heun,
-    "ddim": DDIM,
-    "ddpm": DDPM,
-    "dpmpp_2s": DPMSolver2S,
-    "dpmpp_2m": DPMSolver2M,
-    "dpmpp_3m": DPMSolver3M,
-    "deis": DEIS,
-    "unipc": UniPC,
-    "torchsde": TorchSDE,
-    "exponential": Exponential,
-    "sde_dpmpp_2m": SDEDPMSolver2M,
-    "sde_dpmpp_3m": SDEDPMSolver3M,
-    "pc": PredictorCorrector,
-    "edm": EDM,
-}
 
 # By default a batch holds 2²⁰ numbers, but no more samples than whose random streams fit into some 50 MB.
 _NUMBERS_A_BATCH = 2**20
@@ -69,11 +42,6 @@ class Samples:
     seconds: float
     times: list[float]
     trajectory: Tensor | None = None
-
-
-def solvers() -> list[str]:
-    """Names that ``sample`` takes as ``solver``."""
-    return list(SOLVERS)
 
 
 @torch.no_grad()
@@ -132,7 +100,7 @@ def sample(
         ValueError: naming the argument that is wrong, its value and what is allowed.
         SolverError: if an adaptive solver cannot go on.
     """
-    method = _make_solver(solver, solver_options)
+    method = make_solver(solver, solver_options)
     times = _grid(model, method, nfe, steps, grid, t_start, t_end, x_start is not None, trajectory)
     if n < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"n = {n}, batch_size = {batch_size}: must be at least 1")
@@ -210,26 +178,6 @@ class _Batch:
 
     def nfe_per_sample(self, size: int) -> Tensor:
         return torch.tensor([self.nfe + (self.alone[i].nfe if i in self.alone else 0) for i in range(size)])
-
-
-def _make_solver(name: str, options: dict[str, Any]) -> Solver:
-    if name not in SOLVERS:
-        raise ValueError(f"solver = {name!r}: must be one of {', '.join(SOLVERS)}")
-    parameters = inspect.signature(SOLVERS[name]).parameters
-    annotations = get_type_hints(SOLVERS[name].__init__)
-    for option, value in options.items():
-        if option not in parameters:
-            raise ValueError(f"{option}: solver {name!r} takes {', '.join(parameters) or 'no options'}")
-        kinds = get_args(annotations[option]) or (annotations[option],)
-        if not any(_is_a(value, kind) for kind in kinds):
-            raise ValueError(f"{option} = {value!r}: solver {name!r} takes a {parameters[option].annotation} there")
-    return SOLVERS[name](**options)
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is Callable:
-        return callable(value)
-    return isinstance(value, int | float if kind is float else get_origin(kind) or kind)
 
 
 def _grid(

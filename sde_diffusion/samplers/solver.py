@@ -56,6 +56,16 @@ class Solver(ABC):
     evaluates_end: ClassVar[bool] = False
 
     @property
+    def convergence_order(self) -> int | None:
+        """Nominal order of convergence in the step, in law for a stochastic solver; None where it has none."""
+        return None
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether it draws noise on its way."""
+        return False
+
+    @property
     def is_adaptive(self) -> bool:
         """Whether the solver chooses its own steps."""
         return False
