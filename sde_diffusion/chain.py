@@ -69,9 +69,9 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - (scale / previous).square()
 
 
-def interpolate_variance(posterior: Tensor, noising: Tensor, fraction: Tensor | float) -> Tensor:
+def interpolate_variance(posterior: Tensor | float, noising: Tensor | float, fraction: Tensor | float) -> Tensor:
     """noising^fraction · posterior^{1 − fraction}: linear in the logarithm. Nichol & Dhariwal 2021, eq. 15."""
-    return noising.pow(fraction) * posterior.pow(1 - fraction)
+    return noising**fraction * posterior ** (1 - fraction)
 
 
 class GaussianChain:

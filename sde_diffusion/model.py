@@ -35,6 +35,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,15 @@ class VariancePrediction(Prediction):
         return self
 
 
+def combination(*terms: tuple[float | Tensor, Tensor]) -> Tensor:
+    """Σ factor · tensor, all of one shape, in the memory of one; factors are numbers, or () tensors."""
+    (factor, tensor), *others = terms
+    total = factor * tensor
+    for factor, tensor in others:
+        total = total + factor * tensor if isinstance(factor, Tensor) else total.add_(tensor, alpha=factor)
+    return total
+
+
 class Model(ABC):
     """Anything with an SDE and a ``predict``. t is () or (B,) or a number; results have x's shape (B, ...)."""
 
@@ -73,6 +83,28 @@ class Model(ABC):
     @abstractmethod
     def predict(self, x: Tensor, t: Tensor | float, **cond: Any) -> Prediction:
         """Estimate x₀ and ε from x at time t."""
+
+    def coefficients(self, times: Tensor) -> dict[str, Tensor]:
+        """Numbers that depend on time alone, once for a whole run: columns (N,) by name, one of them "t".
+
+        Args:
+            times: (N,) in float64, on the host.
+        """
+        return {"t": times}
+
+    def predict_at(self, x: Tensor, c: SimpleNamespace, **cond: Any) -> Prediction:
+        """``predict`` at a time whose coefficients c are known; c.t is a () tensor."""
+        return self.predict(x, c.t, **cond)
+
+    def combine_at(self, x: Tensor, c: SimpleNamespace, data: float, noise: float, **cond: Any) -> Tensor:
+        """data x̂₀ + noise ε̂ at a time whose coefficients c are known."""
+        x0, eps = self.predict_at(x, c, **cond)
+        # The one that is not wanted may be infinite, at an end of time.
+        if isinstance(noise, float) and noise == 0:
+            return data * x0
+        if isinstance(data, float) and data == 0:
+            return noise * eps
+        return combination((data, x0), (noise, eps))
 
     @property
     def device(self) -> torch.device:
@@ -320,6 +352,32 @@ class DiffusionModel(nn.Module, Model):
         output, variance = output.chunk(2, dim=1)
         return VariancePrediction(*parametrization.pair(output, x), (variance + 1) / 2)
 
+    def coefficients(self, times: Tensor) -> dict[str, Tensor]:
+        """What the network is called with, and the pair as x̂₀ = data_x x + data_f F and ε̂ = noise_x x + noise_f F."""
+        one = times.new_ones(len(times), 1)
+        scale, t = PREDICTIONS[self.prediction](self, times, one).network_input(one, times)
+        columns = {"t": t} | self._gains(self.prediction, times)
+        return columns if bool((scale == 1).all()) else columns | {"scale": scale[:, 0]}
+
+    def predict_at(self, x: Tensor, c: SimpleNamespace, **cond: Any) -> Prediction:
+        """``predict`` at a time whose coefficients c are known."""
+        output, variance = self._output_at(x, c, cond)
+        x0 = combination((c.data_x, x), (c.data_f, output))
+        eps = combination((c.noise_x, x), (c.noise_f, output))
+        return Prediction(x0, eps) if variance is None else VariancePrediction(x0, eps, (variance + 1) / 2)
+
+    def combine_at(self, x: Tensor, c: SimpleNamespace, data: float, noise: float, **cond: Any) -> Tensor:
+        """data x̂₀ + noise ε̂, of which the factors of x and F are added up first."""
+        output, _ = self._output_at(x, c, cond)
+        on_x = data * c.data_x + noise * c.noise_x
+        on_output = data * c.data_f + noise * c.noise_f
+        return combination((on_x, x), (on_output, output))
+
+    def _output_at(self, x: Tensor, c: SimpleNamespace, cond: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """F, and what it says of variances."""
+        output = self._run(c.scale * x if hasattr(c, "scale") else x, c.t, cond)
+        return tuple(output.chunk(2, dim=1)) if self.learned_variance else (output, None)
+
     def output_for(self, x0: Tensor, eps: Tensor, t: Tensor | float) -> Tensor:
         """What the network should put out for this x₀ and ε (B, *data_shape) at t, () or (B,): the regression target.
 
@@ -346,14 +404,22 @@ class DiffusionModel(nn.Module, Model):
 
     def _determines(self, prediction: str, t: float) -> bool:
         """Whether the pair is finite at t, and no rounding error of x or F grows to all there is of it."""
-        time, zero, one = torch.tensor([[t], [0.0], [1.0]], dtype=torch.float64)
-        parametrization = PREDICTIONS[prediction](self, time, one)
-        gains = torch.cat([*parametrization.pair(zero, one), *parametrization.pair(one, zero)])
+        gains = torch.stack([*self._gains(prediction, torch.tensor([t], dtype=torch.float64)).values()])
         return bool((gains.abs() < 1 / torch.finfo(self.dtype).eps).all())
+
+    def _gains(self, prediction: str, times: Tensor) -> dict[str, Tensor]:
+        """Of x and of F in x̂₀ and ε̂, at times (N,): four columns (N,)."""
+        one = times.new_ones(len(times), 1)
+        parametrization = PREDICTIONS[prediction](self, times, one)
+        of_x, of_output = parametrization.pair(0 * one, one), parametrization.pair(one, 0 * one)
+        gains = {"data_x": of_x.x0, "noise_x": of_x.eps, "data_f": of_output.x0, "noise_f": of_output.eps}
+        return {name: gain[:, 0] for name, gain in gains.items()}
 
     def _run(self, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
         parameter = next(self.parameters(), x)
-        output = self.network(x.to(parameter.dtype), t.to(parameter.dtype).expand(len(x)), **cond)
+        # Eight bits would not tell neighbouring times apart.
+        time_dtype = torch.promote_types(parameter.dtype, torch.float32)
+        output = self.network(x.to(parameter.dtype), t.to(time_dtype).expand(len(x)), **cond)
         shape = (len(x), 2 * x.shape[1], *x.shape[2:]) if self.learned_variance else x.shape
         if output.shape != shape:
             raise ValueError(f"network returned shape {tuple(output.shape)}: must be {tuple(shape)}")

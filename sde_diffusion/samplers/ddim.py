@@ -24,13 +24,15 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.chain import GaussianChain, check_variance, interpolate_variance, unit_interval
-from sde_diffusion.model import Prediction
+from sde_diffusion.model import Prediction, combination
 from sde_diffusion.samplers.solver import Noise, Predict, StepSolver
 from sde_diffusion.sde import SDE
 
 
 class DDIM(StepSolver):
-    """One evaluation a step; deterministic and of first order at η = 0."""
+    """One evaluation a step; deterministic at η = 0; of first order, else in law."""
+
+    convergence_order = 1
 
     def __init__(self, eta: float = 0.0):
         """Set η.
@@ -39,6 +41,11 @@ class DDIM(StepSolver):
             ValueError: unless 0 <= eta <= 1, beyond which ς could exceed σ_s.
         """
         self.eta = unit_interval("eta", eta)
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Unless η = 0."""
+        return self.eta > 0
 
     def prepare(self, sde: SDE, times: Tensor) -> dict[str, Tensor]:
         """α_s, √(σ_s² − ς²) and ς."""
@@ -49,15 +56,16 @@ class DDIM(StepSolver):
 
     def step(self, predict: Predict, x: Tensor, c: SimpleNamespace, noise: Noise) -> Tensor:
         """Towards x̂₀, along ε̂, and noise."""
-        x0, eps = predict(x, c.t)
-        x = c.alpha_s * x0 + c.direction * eps
-        return x + c.std * noise() if self.eta else x
+        x = predict.combine(x, c.t, c.alpha_s, c.direction)
+        return combination((1.0, x), (c.std, noise())) if self.eta else x
 
 
 class DDPM(StepSolver):
     """The reverse chain: one evaluation a step."""
 
     default_steps: ClassVar[int] = 1000
+    convergence_order = 1
+    is_stochastic = True
 
     def __init__(self, variance: str | float | Sequence[float] | Tensor = "posterior"):
         """Choose the variance of a reverse step.
@@ -93,9 +101,10 @@ class DDPM(StepSolver):
 
     def step(self, predict: Predict, x: Tensor, c: SimpleNamespace, noise: Noise) -> Tensor:
         """Sample q(x_s | x_t, x̂₀), with the variance chosen."""
+        if not self.is_learned:
+            return combination((c.b, x), (1.0, predict.combine(x, c.t, c.a, 0.0)), (c.std, noise()))
         prediction = predict(x, c.t)
-        std = self._learned_std(prediction, c) if self.is_learned else c.std
-        return c.a * prediction.x0 + c.b * x + std * noise()
+        return c.a * prediction.x0 + c.b * x + self._learned_std(prediction, c) * noise()
 
     def _variance(self, chain: GaussianChain, steps: slice) -> float | Tensor:
         """What the chain is asked for; given variances are those of the steps that are run."""

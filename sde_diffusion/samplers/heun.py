@@ -4,7 +4,7 @@ With n² = α² + σ², the scaled state y = x/n = cos θ x̂₀ + sin θ ε̂ m
 
     dy/dθ = cos θ ε̂ − sin θ x̂₀
 
-which is bounded at both ends for every SDE.
+which is bounded at both ends for every SDE. Over a step from t to s, x = n y goes to (n_s/n_t) x + n_s Δθ dy/dθ.
 The step is that of Karras et al. 2022 (arXiv:2206.00364), algorithm 1, in these variables.
 
 Their algorithm 2 raises the noise level before a step, which takes p_t to the p of a later time t̂ exactly:
@@ -22,6 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sde_diffusion.model import combination
 from sde_diffusion.samplers.solver import Noise, Predict, StepSolver
 from sde_diffusion.sde import SDE, non_negative
 
@@ -31,34 +32,33 @@ class Heun(StepSolver):
 
     default_steps: ClassVar[int] = 25
     evaluates_end: ClassVar[bool] = True
+    model_times: ClassVar[tuple[str, ...]] = ("t", "s")
+    convergence_order = 2
 
     def evaluations_per_step(self) -> int:
         """Two: at either end of the step."""
         return 2
 
     def prepare(self, sde: SDE, times: Tensor) -> dict[str, Tensor]:
-        """n, cos θ and sin θ at both ends, and the step in θ."""
+        """n_s/n_t, cos θ and sin θ at both ends, and n_s Δθ."""
         return self._between(sde, times[:-1], times[1:])
 
     def step(self, predict: Predict, x: Tensor, c: SimpleNamespace, noise: Noise) -> Tensor:
         """Euler to s, then the average of the slopes at t and s."""
-        y = x / c.norm_t
-        x0, eps = predict(x, c.t)
-        slope_t = c.cos_t * eps - c.sin_t * x0
-        x0, eps = predict(c.norm_s * (y + c.step * slope_t), c.s)
-        slope_s = c.cos_s * eps - c.sin_s * x0
-        return c.norm_s * (y + 0.5 * c.step * (slope_t + slope_s))
+        slope_t = predict.combine(x, c.t, -c.sin_t, c.cos_t)
+        x_s = combination((c.scale, x), (c.step, slope_t))
+        slope_s = predict.combine(x_s, c.s, -c.sin_s, c.cos_s)
+        return combination((c.scale, x), (0.5 * c.step, slope_t), (0.5 * c.step, slope_s))
 
     @staticmethod
     def _between(sde: SDE, t: Tensor, s: Tensor) -> dict[str, Tensor]:
         c = {"t": t, "s": s}
-        angles = {}
+        angle, norm = {}, {}
         for name, time in list(c.items()):
             alpha, sigma = sde.alpha(time), sde.sigma(time)
-            angles[name] = torch.atan2(sigma, alpha)
-            c[f"norm_{name}"] = torch.sqrt(alpha.square() + sigma.square())
-            c[f"cos_{name}"], c[f"sin_{name}"] = angles[name].cos(), angles[name].sin()
-        return c | {"step": angles["s"] - angles["t"]}
+            angle[name], norm[name] = torch.atan2(sigma, alpha), torch.sqrt(alpha.square() + sigma.square())
+            c[f"cos_{name}"], c[f"sin_{name}"] = angle[name].cos(), angle[name].sin()
+        return c | {"scale": norm["s"] / norm["t"], "step": norm["s"] * (angle["s"] - angle["t"])}
 
 
 class EDM(Heun):
@@ -88,6 +88,11 @@ class EDM(Heun):
             raise ValueError(f"s_tmin = {s_tmin}, s_tmax = {s_tmax}: need 0 <= s_tmin <= s_tmax")
         self.s_tmin, self.s_tmax = float(s_tmin), float(s_tmax)
 
+    @property
+    def is_stochastic(self) -> bool:
+        """Unless there is no churn."""
+        return self.churn > 0
+
     def prepare(self, sde: SDE, times: Tensor) -> dict[str, Tensor]:
         """α̂/α and the standard deviation of the noise that raises t to t̂; then Heun's from t̂ to s."""
         t, s = times[:-1], times[1:]
@@ -104,5 +109,5 @@ class EDM(Heun):
     def step(self, predict: Predict, x: Tensor, c: SimpleNamespace, noise: Noise) -> Tensor:
         """Raise the noise, then Heun's step."""
         if self.churn:
-            x = c.churn_scale * x + c.churn_std * noise()
+            x = combination((c.churn_scale, x), (c.churn_std, noise()))
         return super().step(predict, x, c, noise)

@@ -34,7 +34,7 @@ for DPM-Solver++(2S) and (2M); Zhao et al. 2023 (arXiv:2302.04867), section 3.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Reversible, Sequence
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sde_diffusion.model import Prediction
+from sde_diffusion.model import combination
 from sde_diffusion.samplers.solver import Noise, Predict, StepSolver
 from sde_diffusion.sde import SDE
 
@@ -57,6 +57,8 @@ class Form(ABC):
     """D, m and ρ between times, and the variable κ of the polynomial, in which dρ is proportional to e^{rate κ} dκ."""
 
     rate: ClassVar[float] = 1.0
+    # D, as factors of x̂₀ and ε̂.
+    target: ClassVar[tuple[float, float]]
 
     def __init__(self, sde: SDE, times: Tensor):
         """Set α, σ and κ, all of the shape of the decreasing times (N + 1, ...)."""
@@ -72,13 +74,10 @@ class Form(ABC):
     def steps(self) -> tuple[Tensor, Tensor]:
         """A and W of the N steps."""
 
-    @staticmethod
-    @abstractmethod
-    def target(prediction: Prediction) -> Tensor:
-        """D."""
-
 
 class _Data(Form):
+    target = (1.0, 0.0)
+
     @staticmethod
     def variable_at(log_ratio: Tensor) -> Tensor:
         return log_ratio
@@ -87,12 +86,10 @@ class _Data(Form):
         scale = self.sigma[1:] / self.sigma[:-1]
         return scale, self.alpha[1:] - scale * self.alpha[:-1]
 
-    @staticmethod
-    def target(prediction: Prediction) -> Tensor:
-        return prediction.x0
-
 
 class _Noise(Form):
+    target = (0.0, 1.0)
+
     @staticmethod
     def variable_at(log_ratio: Tensor) -> Tensor:
         return -log_ratio
@@ -101,13 +98,10 @@ class _Noise(Form):
         scale = self.alpha[1:] / self.alpha[:-1]
         return scale, self.sigma[1:] - scale * self.sigma[:-1]
 
-    @staticmethod
-    def target(prediction: Prediction) -> Tensor:
-        return prediction.eps
-
 
 class _Velocity(Form):
-    rate: ClassVar[float] = 0.0
+    target = (-1.0, 1.0)
+    rate = 0.0
 
     @staticmethod
     def variable_at(log_ratio: Tensor) -> Tensor:
@@ -116,10 +110,6 @@ class _Velocity(Form):
     def steps(self) -> tuple[Tensor, Tensor]:
         norm = self.alpha + self.sigma
         return norm[1:] / norm[:-1], norm[1:] * self.variable.diff(dim=0)
-
-    @staticmethod
-    def target(prediction: Prediction) -> Tensor:
-        return prediction.eps - prediction.x0
 
 
 FORMS: dict[str, type[Form]] = {"data": _Data, "noise": _Noise, "velocity": _Velocity}
@@ -140,6 +130,11 @@ class Multistep(StepSolver):
             raise ValueError(f"order = {order}: must be one of {', '.join(map(str, allowed))}")
         self.form, self.order, self.lower_order_final = FORMS[form], order, lower_order_final
         self.memory = order
+
+    @property
+    def convergence_order(self) -> int:
+        """That of the polynomial; DPM-Solver++ and UniPC end at a lower one in few steps only."""
+        return self.order
 
     def prepare(self, sde: SDE, times: Tensor) -> dict[str, Tensor]:
         """A (N,) and the weights W w_j (N, order), the present time's first."""
@@ -165,15 +160,13 @@ class Multistep(StepSolver):
 
     def step(self, predict: Predict, x: Tensor, c: SimpleNamespace, noise: Noise) -> Tensor:
         """The weighted sum."""
-        c.past.append(self.form.target(predict(x, c.t)))
-        return weighted_sum(c.scale * x, c.weights, c.past)
+        c.past.append(predict.combine(x, c.t, *self.form.target))
+        return weighted_sum(c.scale, x, c.weights, c.past)
 
 
-def weighted_sum(x: Tensor, weights: Tensor, past: Iterable[Tensor]) -> Tensor:
-    """x + Σ_j weights_j D_j, for D from the last of ``past`` on backwards, as many as there are."""
-    for weight, value in zip(weights.unbind(), reversed(list(past)), strict=False):
-        x = x + weight * value
-    return x
+def weighted_sum(scale: float, x: Tensor, weights: Iterable[float], past: Reversible[Tensor]) -> Tensor:
+    """scale x + Σ_j weights_j D_j, for D from the last of ``past`` on backwards, as many as there are weights."""
+    return combination((scale, x), *zip(weights, reversed(past), strict=False))
 
 
 def lagrange_shares(form: Form, nodes: Tensor, used: Tensor) -> Tensor:
@@ -278,6 +271,11 @@ class UniPC(Multistep):
         # The predictions of ``order`` times, and the state corrected last.
         self.memory = order + 1
 
+    @property
+    def convergence_order(self) -> int:
+        """One more than the predictor's."""
+        return self.order + 1
+
     def prepare(self, sde: SDE, times: Tensor) -> dict[str, Tensor]:
         """The predictor's coefficients, and those of the corrector of the step before it: (N,) and (N, order + 1)."""
         predictor = super().prepare(sde, times)
@@ -289,8 +287,9 @@ class UniPC(Multistep):
         shares = self.shares(form, nodes, used, present=1)
         weights = (total[:, None] * shares).roll(1, 0)
         # There is none before the first step; what rolled there belongs to the last, which is not corrected.
-        weights[0] = 0
-        return predictor | {"scale_back": scale.roll(1), "weights_back": weights}
+        weights[0], scale = 0, scale.roll(1)
+        scale[0] = 1
+        return predictor | {"scale_back": scale, "weights_back": weights}
 
     def shares(self, form: Form, nodes: Tensor, used: Tensor, present: int = 0) -> Tensor:
         """w_j; of two times with B(h), of which ``present`` is t."""
@@ -304,12 +303,11 @@ class UniPC(Multistep):
 
     def step(self, predict: Predict, x: Tensor, c: SimpleNamespace, noise: Noise) -> Tensor:
         """Correct x by the prediction there, and predict from it."""
-        data = predict(x, c.t).x0
-        if c.past:
-            state = c.past.pop()
-            x = weighted_sum(c.scale_back * state, c.weights_back, [*c.past, data])
+        data = predict.combine(x, c.t, *self.form.target)
+        state = c.past.pop()
+        x = weighted_sum(c.scale_back, state, c.weights_back, [*c.past, data])
         c.past.append(data)
-        predicted = weighted_sum(c.scale * x, c.weights, c.past)
+        predicted = weighted_sum(c.scale, x, c.weights, c.past)
         c.past.append(x)
         return predicted
 
@@ -318,6 +316,8 @@ class DPMSolver2S(StepSolver):
     """DPM-Solver++(2S): second order, deterministic, two evaluations a step, the second halfway in log-SNR."""
 
     default_steps: ClassVar[int] = 25
+    model_times: ClassVar[tuple[str, ...]] = ("t", "middle")
+    convergence_order = 2
 
     def evaluations_per_step(self) -> int:
         """Two: at the start and in the middle."""
@@ -337,5 +337,5 @@ class DPMSolver2S(StepSolver):
 
     def step(self, predict: Predict, x: Tensor, c: SimpleNamespace, noise: Noise) -> Tensor:
         """The whole step with the x̂₀ of the middle, which the x̂₀ of the start leads to."""
-        halfway = c.scale_half * x + c.weight_half * predict(x, c.t).x0
-        return c.scale_whole * x + c.weight_whole * predict(halfway, c.middle).x0
+        halfway = combination((c.scale_half, x), (1.0, predict.combine(x, c.t, c.weight_half, 0.0)))
+        return combination((c.scale_whole, x), (1.0, predict.combine(halfway, c.middle, c.weight_whole, 0.0)))

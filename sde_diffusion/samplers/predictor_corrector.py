@@ -81,6 +81,7 @@ class PredictorCorrector(StepSolver):
 
     default_steps: ClassVar[int] = 1000
     evaluates_end: ClassVar[bool] = True
+    model_times: ClassVar[tuple[str, ...]] = ("t", "s")
 
     def __init__(
         self,

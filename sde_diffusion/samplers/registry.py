@@ -14,6 +14,7 @@ from sde_diffusion.samplers.heun import EDM, Heun
 from sde_diffusion.samplers.multistep import DEIS, DPMSolver2M, DPMSolver2S, DPMSolver3M, UniPC
 from sde_diffusion.samplers.ode import ODE
 from sde_diffusion.samplers.predictor_corrector import PredictorCorrector
+from sde_diffusion.samplers.singlestep import DPMSolver1, DPMSolver3S
 from sde_diffusion.samplers.solver import Solver
 
 SOLVERS: dict[str, type[Solver]] = {
@@ -22,7 +23,9 @@ SOLVERS: dict[str, type[Solver]] = {
     "heun": Heun,
     "ddim": DDIM,
     "ddpm": DDPM,
+    "dpmpp_1": DPMSolver1,
     "dpmpp_2s": DPMSolver2S,
+    "dpmpp_3s": DPMSolver3S,
     "dpmpp_2m": DPMSolver2M,
     "dpmpp_3m": DPMSolver3M,
     "deis": DEIS,

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sde_diffusion.model import Model, Prediction, check_finite, evaluating, slice_cond
+from sde_diffusion.model import Model, check_finite, evaluating, slice_cond
 from sde_diffusion.samplers.grids import check_log_snr, time_grid
 from sde_diffusion.samplers.noise import Streams
 from sde_diffusion.samplers.registry import make_solver
-from sde_diffusion.samplers.solver import Problem, Solver
+from sde_diffusion.samplers.solver import Predict, Problem, Solver
 from sde_diffusion.sde import SDE
 
 # By default a batch holds 2²⁰ numbers, but no more samples than whose random streams fit into some 50 MB.
@@ -123,12 +123,12 @@ def sample(
                 x = _prior_std(model.sde, times[0]) * streams.normal(model.data_shape, dtype)
             else:
                 x = x_start[first : indices.stop].to(device=device, dtype=dtype)
-            batch = _Batch(guided, slice_cond(cond, n, indices, device), [x] if trajectory else None, callback, times)
-            problem = Problem(model.sde, batch.predict, times, streams, batch.observe, batch.single)
-            results.append(method.solve(problem, x))
-            counts.append(batch.nfe_per_sample(len(indices)))
-            if batch.states is not None:
-                paths.append(torch.stack(batch.states))
+            predict = Predict(guided, slice_cond(cond, n, indices, device))
+            path = _Path(x, times, trajectory, callback)
+            results.append(method.solve(Problem(model.sde, predict, times, streams, path.observe), x))
+            counts.append(predict.nfe_per_sample(len(indices)))
+            if trajectory:
+                paths.append(torch.stack(path.states))
     nfe_per_sample = torch.cat(counts)
     return Samples(
         torch.cat(results),
@@ -145,39 +145,19 @@ def _prior_std(sde: SDE, start: float) -> float:
     return sde.prior_std if start <= sde.t_max else float(sde.sigma(torch.tensor(start, dtype=torch.float64)))
 
 
-class _Batch:
-    """One batch's conditioning, its count of evaluations, and its record."""
+class _Path:
+    """What is seen of a batch on its way."""
 
     def __init__(
-        self,
-        model: Model,
-        cond: dict[str, Any],
-        states: list[Tensor] | None,
-        callback: Callable[[int, float, Tensor], None] | None,
-        times: list[float],
+        self, x: Tensor, times: list[float], keep: bool, callback: Callable[[int, float, Tensor], None] | None
     ):
-        self.model, self.cond, self.states, self.callback, self.times = model, cond, states, callback, times
-        self.nfe = 0
-        self.alone: dict[int, _Batch] = {}
-
-    def predict(self, x: Tensor, t: Tensor) -> Prediction:
-        self.nfe += 1
-        return self.model.predict(x, t, **self.cond)
+        self.states, self.times, self.keep, self.callback = [x], times, keep, callback
 
     def observe(self, i: int, x: Tensor) -> None:
-        if self.states is not None:
+        if self.keep:
             self.states.append(x)
         if self.callback is not None:
             self.callback(i, self.times[i], x)
-
-    def single(self, i: int) -> Callable[[Tensor, Tensor], Prediction]:
-        """``predict`` for sample i alone."""
-        cond = {k: v[i : i + 1] if isinstance(v, Tensor) and v.ndim else v for k, v in self.cond.items()}
-        self.alone[i] = _Batch(self.model, cond, None, None, self.times)
-        return self.alone[i].predict
-
-    def nfe_per_sample(self, size: int) -> Tensor:
-        return torch.tensor([self.nfe + (self.alone[i].nfe if i in self.alone else 0) for i in range(size)])
 
 
 def _grid(

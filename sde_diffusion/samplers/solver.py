@@ -4,20 +4,77 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sde_diffusion.model import Prediction
+from sde_diffusion.model import Model, Prediction
 from sde_diffusion.samplers.noise import StepNoise, Streams
 from sde_diffusion.sde import SDE
 
-Predict = Callable[[Tensor, Tensor], Prediction]
 Noise = Callable[[], Tensor]
+# A tensor () or (B,), or what ``Predict.at`` made of a time.
+Time = Tensor | SimpleNamespace
+
+
+class Predict:
+    """A model with its conditioning bound, and its calls counted."""
+
+    def __init__(self, model: Model, cond: Mapping[str, Any] | None = None):
+        """Bind them; tensors in ``cond`` are as long as the batch."""
+        self.model, self.cond, self.nfe = model, dict(cond or {}), 0
+        # Calls for some samples of the batch alone: which, and the child that counted them.
+        self._parts: list[tuple[Tensor, Predict]] = []
+
+    def __call__(self, x: Tensor, t: Time) -> Prediction:
+        """x̂₀ and ε̂."""
+        self.nfe += 1
+        predict = self.model.predict if isinstance(t, Tensor) else self.model.predict_at
+        return predict(x, t, **self.cond)
+
+    def combine(self, x: Tensor, t: SimpleNamespace, data: float, noise: float) -> Tensor:
+        """data x̂₀ + noise ε̂, in fewer operations than from the pair; a factor of 0 leaves its term out."""
+        self.nfe += 1
+        return self.model.combine_at(x, t, data, noise, **self.cond)
+
+    def at(self, times: Tensor, x: Tensor, numbers: Callable[[Tensor], Any]) -> list[SimpleNamespace]:
+        """Times (N,) in float64 as this and ``combine`` take them, with all that does not depend on x.
+
+        Args:
+            times: on the host.
+            x: a state (B, ...), of the device and dtype to come.
+            numbers: what turns a column (N,) into N numbers.
+        """
+        columns = self.model.coefficients(times)
+        t = columns.pop("t").to(x.device, torch.promote_types(x.dtype, torch.float32))
+        rows = {name: numbers(column) for name, column in columns.items()}
+        rows["t"] = t.unbind()
+        return [SimpleNamespace(**dict(zip(rows, row, strict=True))) for row in zip(*rows.values(), strict=True)]
+
+    def rows(self, indices: Tensor) -> Predict:
+        """The same for the samples ``indices`` (B',) of the batch alone, who are counted apart."""
+        cond = {
+            name: value[indices] if isinstance(value, Tensor) and value.ndim else value
+            for name, value in self.cond.items()
+        }
+        part = Predict(self.model, cond)
+        self._parts.append((indices, part))
+        return part
+
+    def nfe_per_sample(self, size: int) -> Tensor:
+        """Calls that each sample of a batch went through, (size,)."""
+        counts = torch.full((size,), self.nfe)
+        for indices, part in self._parts:
+            counts.index_add_(0, indices.cpu(), part.nfe_per_sample(len(indices)))
+        return counts
+
+
+def unobserved(i: int, x: Tensor) -> None:
+    """Nobody looks."""
 
 
 @dataclass(frozen=True)
@@ -26,23 +83,25 @@ class Problem:
 
     Attributes:
         sde: the noising process.
-        predict: (x, t) -> (x̂₀, ε̂), with its conditioning bound and its calls counted.
+        predict: the model with its conditioning.
         grid: decreasing times, from where x is given to where it is wanted.
         streams: a random stream a sample.
         observe: to be called with (i, x) at grid[i], i > 0.
-        predict_alone: i -> predict for sample i of the batch alone.
     """
 
     sde: SDE
     predict: Predict
     grid: list[float]
     streams: Streams
-    observe: Callable[[int, Tensor], None]
-    predict_alone: Callable[[int], Predict]
+    observe: Callable[[int, Tensor], None] = unobserved
+
+    def predict_rows(self, rows: Tensor) -> Predict:
+        """The model for samples ``rows`` (B',) of the batch: t may be (B',), and each of them is counted."""
+        return self.predict.rows(rows)
 
     def single(self, i: int) -> Problem:
         """The problem of sample i alone; it is observed with its batch."""
-        return replace(self, predict=self.predict_alone(i))
+        return replace(self, predict=self.predict_rows(torch.tensor([i])))
 
 
 class Solver(ABC):
@@ -54,6 +113,8 @@ class Solver(ABC):
     in_log_snr: ClassVar[bool] = False
     # The model is asked at the last time of the grid too.
     evaluates_end: ClassVar[bool] = False
+    # The only times that it is made for.
+    times: list[float] | None = None
 
     @property
     def convergence_order(self) -> int | None:
@@ -69,6 +130,9 @@ class Solver(ABC):
     def is_adaptive(self) -> bool:
         """Whether the solver chooses its own steps."""
         return False
+
+    def check_model(self, model: Model) -> None:  # noqa: B027
+        """Raise a ValueError if it cannot solve this one; most can solve any."""
 
     def steps_for(self, nfe: int) -> int:
         """Steps that ``nfe`` evaluations of the model allow.
@@ -95,8 +159,10 @@ class Solver(ABC):
 class StepSolver(Solver):
     """A solver of fixed steps: all coefficients first, in float64, then one line of arithmetic a step."""
 
-    # How many tensors, such as earlier predictions, a step may leave to those after it.
+    # How many tensors, such as earlier predictions, a step leaves to those after it.
     memory: int = 0
+    # Which of the coefficients are times that the model is asked at.
+    model_times: ClassVar[tuple[str, ...]] = ("t",)
 
     @abstractmethod
     def prepare(self, sde: SDE, times: Tensor) -> dict[str, Tensor]:
@@ -104,27 +170,40 @@ class StepSolver(Solver):
 
     @abstractmethod
     def step(self, predict: Predict, x: Tensor, c: SimpleNamespace, noise: Noise) -> Tensor:
-        """One step; c holds its coefficients, () or (K,) each, under the names that ``prepare`` gave them.
+        """One step; c holds its coefficients, numbers or K of them, under the names that ``prepare`` gave them.
 
-        c.past is a deque of the last ``memory`` tensors that steps have appended to it, empty at first.
+        The times of the model are as ``predict`` takes them. c.past is a deque of the last ``memory`` tensors that
+        steps have appended to it; it starts full of x.
         """
 
     def solve(self, problem: Problem, x: Tensor) -> Tensor:
         """Prepare, then step."""
+        noise = StepNoise(problem.streams, x.shape[1:], x.dtype)
+        past = deque([x] * self.memory, maxlen=self.memory)
+        for i, row in enumerate(self.rows(problem, x), start=1):
+            x = self.step(problem.predict, x, SimpleNamespace(**row, past=past), noise)
+            problem.observe(i, x)
+        return x
+
+    def rows(self, problem: Problem, x: Tensor) -> list[dict[str, Any]]:
+        """The coefficients of each step in turn.
+
+        Raises:
+            ValueError: if one is not finite.
+        """
         times = torch.tensor(problem.grid, dtype=torch.float64)
-        coefficients = self.prepare(problem.sde, times)
-        for name, values in coefficients.items():
+        columns = self.prepare(problem.sde, times)
+        for name, values in columns.items():
             if not bool(values.isfinite().all()):
                 t = float(times[int((~values.isfinite()).nonzero()[0, 0])])
                 raise ValueError(
                     f"grid: the coefficient {name!r} is not finite at t = {t}: stay within [{problem.sde.t_min}, "
                     f"{problem.sde.t_max}], or take a solver or a noise level that is finite there"
                 )
-        columns = [value.to(device=x.device, dtype=x.dtype).unbind() for value in coefficients.values()]
-        noise = StepNoise(problem.streams, x.shape[1:], x.dtype)
-        past: deque[Tensor] = deque(maxlen=self.memory)
-        for i, row in enumerate(zip(*columns, strict=True), start=1):
-            c = SimpleNamespace(**dict(zip(coefficients, row, strict=True)), past=past)
-            x = self.step(problem.predict, x, c, noise)
-            problem.observe(i, x)
-        return x
+        # Numbers go along with the operations that use them; tensors would be read from memory.
+        numbers = Tensor.tolist
+        table = {
+            name: problem.predict.at(values, x, numbers) if name in self.model_times else numbers(values)
+            for name, values in columns.items()
+        }
+        return [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sde_diffusion as sd
-from sde_diffusion.samplers.solver import Problem
+from sde_diffusion.samplers.solver import Predict, Problem
 
 # What solvers see of these they see of the others too, but a look-up costs more.
 _SLOW = (sd.RateSDE, sd.LogSNRSDE)
@@ -86,6 +86,24 @@ def pointwise():
     return Pointwise
 
 
+@pytest.fixture(scope="session")
+def asked():
+    """asked(function): a function (x, t) -> (x̂₀, ε̂) as a step asks a model."""
+
+    class Asked:
+        def __init__(self, function):
+            self.function = function
+
+        def __call__(self, x, t):
+            return self.function(x, t)
+
+        def combine(self, x, t, data, noise):
+            x0, eps = self.function(x, t)
+            return data * x0 + noise * eps
+
+    return Asked
+
+
 @pytest.fixture
 def counting():
     """counting(model): the same model, with ``calls`` and the number of ``rows`` in them."""
@@ -136,7 +154,7 @@ def variance_error(pointwise):
         n = 1 + (len(times) - 1) * solver.evaluations_per_step()
         x = torch.zeros(n, 1, dtype=torch.float64)
         x[0] = exact[0].sqrt()
-        problem = Problem(sde, model.predict, times.tolist(), _OneDrawEach(n), lambda i, x: None, lambda i: None)
+        problem = Problem(sde, Predict(model), times.tolist(), _OneDrawEach(n))
         return float(solver.solve(problem, x).square().sum() / exact[-1]) - 1
 
     return error

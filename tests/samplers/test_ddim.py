@@ -64,7 +64,7 @@ def runs(draw):
 
 
 @given(run=runs(), eta=st.floats(0, 1))
-def test_ddim_keeps_every_marginal(run, eta):
+def test_ddim_keeps_every_marginal(asked, run, eta):
     """With the true x₀ and ε a step from q(x_t | x₀) ends in q(x_s | x₀), at any η."""
     sde, times = run
     solver = DDIM(eta)
@@ -73,7 +73,7 @@ def test_ddim_keeps_every_marginal(run, eta):
     x0, eps, z = torch.eye(3, dtype=torch.float64)
     for i, c in enumerate(rows(solver.prepare(sde, times))):
         x = alpha[i] * x0 + sigma[i] * eps
-        mean, *stds = solver.step(lambda x, t: sd.Prediction(x0, eps), x, c, lambda: z).tolist()
+        mean, *stds = solver.step(asked(lambda x, t: sd.Prediction(x0, eps)), x, c, lambda: z).tolist()
         # The chain is found from α and σ, and they from it, in one rounding or two a state.
         tolerance = 32 * len(times) * EPS
         assert mean == pytest.approx(float(alpha[i + 1]), rel=tolerance, abs=0)
@@ -146,13 +146,13 @@ def test_ddim_is_the_exponential_integrator_of_the_ode(name):
 
 
 @pytest.mark.parametrize(("steps", "printed"), [(1, 1.0), (2, 0.586), (3, 0.551), (10, 0.513)])
-def test_ddim_is_the_constant_rate_update(steps, printed):
+def test_ddim_is_the_constant_rate_update(asked, steps, printed):
     """x_s = x_t + λ (μ − x_t) with λ = √t/(√t + √s), s = t − Δ and μ = (Δ/t) x̂₀ + (1 − Δ/t) x_t; at t = n Δ."""
     sde, step = sd.ConstantVESDE(3.0), 0.02
     t, s = steps * step, (steps - 1) * step
     [c] = rows(DDIM().prepare(sde, torch.tensor([t, s], dtype=torch.float64)))
     x, x0 = torch.tensor([0.3, -2.0]).double(), torch.tensor([1.0, 0.4]).double()
-    result = DDIM().step(lambda x, _: sd.Prediction(x0, (x - x0) / (3 * math.sqrt(t))), x, c, torch.empty)
+    result = DDIM().step(asked(lambda x, _: sd.Prediction(x0, (x - x0) / (3 * math.sqrt(t)))), x, c, torch.empty)
     mean = step / t * x0 + (1 - step / t) * x
     rate = math.sqrt(t) / (math.sqrt(t) + math.sqrt(s))
     assert rate == pytest.approx(printed, abs=5e-4)

@@ -9,7 +9,7 @@ import torch
 import sde_diffusion as sd
 from sde_diffusion.samplers.heun import EDM, Heun
 from sde_diffusion.samplers.noise import StepNoise, Streams
-from sde_diffusion.samplers.solver import Problem
+from sde_diffusion.samplers.solver import Predict, Problem
 
 
 def solve(model, x, solver, **options):
@@ -75,7 +75,7 @@ def test_a_step_is_the_average_of_the_slopes_at_its_ends(any_sde, pointwise):
 
 
 def solve_on(times, solver, model, x, seed=5):
-    problem = Problem(model.sde, model.predict, times, Streams(seed, range(len(x))), lambda i, x: None, lambda i: None)
+    problem = Problem(model.sde, Predict(model), times, Streams(seed, range(len(x))))
     return solver.solve(problem, x)
 
 

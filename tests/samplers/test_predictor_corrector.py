@@ -11,11 +11,11 @@ from sde_diffusion.samplers.ddim import DDPM
 from sde_diffusion.samplers.euler_maruyama import EulerMaruyama
 from sde_diffusion.samplers.noise import StepNoise, Streams
 from sde_diffusion.samplers.predictor_corrector import CORRECTORS, PREDICTORS, PredictorCorrector
-from sde_diffusion.samplers.solver import Problem, StepSolver
+from sde_diffusion.samplers.solver import Predict, Problem, StepSolver
 
 
 def solve(solver, model, x, times, seed=5):
-    problem = Problem(model.sde, model.predict, times, Streams(seed, range(len(x))), lambda i, x: None, lambda i: None)
+    problem = Problem(model.sde, Predict(model), times, Streams(seed, range(len(x))))
     return solver.solve(problem, x)
 
 

@@ -9,7 +9,7 @@ import sde_diffusion as sd
 from sde_diffusion.networks import UNet
 from sde_diffusion.samplers.grids import time_grid
 from sde_diffusion.samplers.registry import SOLVERS
-from sde_diffusion.samplers.solver import Problem
+from sde_diffusion.samplers.solver import Predict, Problem
 
 N = 20_000
 SHAPES = {"(B, D)": (2,), "(B, C, H, W)": (1, 2, 2)}
@@ -87,7 +87,7 @@ class CoupledStreams:
 def solve_coupled(model, solver, grid, streams):
     sde = model.sde
     x = sde.sample_prior((N, *model.data_shape), generator=torch.Generator().manual_seed(0))
-    problem = Problem(sde, model.predict, grid, streams, lambda i, x: None, lambda i: model.predict)
+    problem = Problem(sde, Predict(model), grid, streams)
     with torch.no_grad():
         return solver.solve(problem, x)
 
