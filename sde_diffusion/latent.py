@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sde_diffusion.model import Model, Prediction, check_finite, evaluating, slice_cond
+from sde_diffusion.model import Model, Prediction, Wrapped, check_finite, evaluating, slice_cond
 from sde_diffusion.ode import ADAPTIVE_METHODS, integrate
 from sde_diffusion.samplers import SOLVERS, sample
 from sde_diffusion.samplers.noise import Streams
@@ -315,12 +315,12 @@ def progressive(
     return Progression(torch.cat(batches, 1), [out.times[i] for i in kept], out.samples, out.nfe, out.seconds)
 
 
-class _Watched(Model):
+class _Watched(Wrapped):
     """A model called once a step of one batch after another, with the x̂₀ of the steps to be kept."""
 
     def __init__(self, model: Model, kept: Sequence[int], steps: int):
-        self.model, self.kept, self.steps = model, kept, steps
-        self.sde, self.data_shape, self.data = model.sde, model.data_shape, model.data
+        super().__init__(model)
+        self.kept, self.steps = kept, steps
         self.calls, self.x0 = 0, list[Tensor]()
 
     def predict(self, x: Tensor, t: Tensor | float, **cond: Any) -> Prediction:

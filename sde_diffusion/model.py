@@ -147,6 +147,28 @@ class Model(ABC):
             raise ValueError(f"{name} has dtype {x.dtype}: need a floating dtype")
 
 
+class Wrapped(Model):
+    """A model that changes what another one predicts; a subclass defines ``predict``."""
+
+    def __init__(self, model: Model):
+        """Take the other's SDE, data, device and dtype."""
+        self.model, self.sde, self.data_shape, self.data = model, model.sde, model.data_shape, model.data
+
+    @property
+    def device(self) -> torch.device:
+        """That of the other."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the other."""
+        return self.model.dtype
+
+    def check_time(self, name: str, t: float) -> float:
+        """As the other does."""
+        return self.model.check_time(name, t)
+
+
 def check_finite(name: str, x: Tensor) -> None:
     """Raise a ValueError that names the first of the examples (B, ...) that is not finite; waits for the device."""
     finite = torch.isfinite(x.flatten(1)).all(1)
@@ -376,7 +398,10 @@ class DiffusionModel(nn.Module, Model):
     def _output_at(self, x: Tensor, c: SimpleNamespace, cond: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """F, and what it says of variances."""
         output = self._run(c.scale * x if hasattr(c, "scale") else x, c.t, cond)
-        return tuple(output.chunk(2, dim=1)) if self.learned_variance else (output, None)
+        if not self.learned_variance:
+            return output, None
+        output, variance = output.chunk(2, dim=1)
+        return output, variance
 
     def output_for(self, x0: Tensor, eps: Tensor, t: Tensor | float) -> Tensor:
         """What the network should put out for this x₀ and ε (B, *data_shape) at t, () or (B,): the regression target.

@@ -6,16 +6,20 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from sde_diffusion.model import Model, check_finite, evaluating, slice_cond
+from sde_diffusion.model import Model, Prediction, Wrapped, check_finite, evaluating, slice_cond
+from sde_diffusion.ode import SolverError
 from sde_diffusion.samplers.grids import check_log_snr, time_grid
 from sde_diffusion.samplers.noise import Streams
 from sde_diffusion.samplers.registry import make_solver
-from sde_diffusion.samplers.solver import Predict, Problem, Solver
+from sde_diffusion.samplers.solver import Predict, Problem, Solver, StepSolver, unobserved
+from sde_diffusion.samplers.thresholding import Thresholded
 from sde_diffusion.sde import SDE
 
 # By default a batch holds 2²⁰ numbers, but no more samples than whose random streams fit into some 50 MB.
@@ -28,8 +32,8 @@ class Samples:
     """What ``sample`` returns.
 
     Attributes:
-        samples: (n, *data_shape), distributed as p at times[-1].
-        nfe: evaluations of the model that a sample went through; the largest, if batches differ.
+        samples: (n, *data_shape), distributed as p at times[-1]; of a shard, its share of the n.
+        nfe: evaluations of the model that a sample went through; the largest, if samples differ.
         nfe_per_sample: (n,) the same for each.
         seconds: wall-clock time.
         times: the grid of times.
@@ -49,7 +53,7 @@ def sample(
     model: Model,
     n: int,
     *,
-    solver: str = "ode",
+    solver: str | Solver = "ode",
     nfe: int | None = None,
     steps: int | None = None,
     grid: str | Sequence[float] | None = None,
@@ -58,24 +62,30 @@ def sample(
     t_end: float | None = None,
     cond: Mapping[str, Any] | None = None,
     guidance: Callable[[Model], Model] | None = None,
+    threshold: str | float | None = None,
+    denoise: bool = False,
     batch_size: int | None = None,
+    shard: tuple[int, int] = (0, 1),
+    compile: bool | str | Callable[..., Any] = False,
+    autocast: torch.dtype | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     trajectory: bool = False,
     callback: Callable[[int, float, Tensor], None] | None = None,
+    progress: bool = False,
     **solver_options: Any,
 ) -> Samples:
     """Draw samples by solving the reverse diffusion.
 
     Sample i of a seed draws from a stream of its own, so it is the same whatever n, the batch size or the
-    number of processes (up to rounding; with an adaptive "ode", which shares its steps within a batch, up to
-    its tolerance).
+    number of processes (up to rounding; with an adaptive method of torchdiffeq, which shares its steps within a batch,
+    up to its tolerance).
 
     Args:
         model: a trained or exact model.
         n: how many.
-        solver: a name in ``solvers()``.
+        solver: a name in ``solvers()``, or a solver.
         nfe: evaluations of the model allowed; excludes ``steps``.
         steps: steps of the solver; its own default if neither is given. An adaptive method takes its own, and this
             sets the points at which its trajectory is kept.
@@ -88,45 +98,63 @@ def sample(
         t_end: where to stop; t_min by default.
         cond: keyword arguments for the model; tensors of length n are cut into batches.
         guidance: maps the model to the one to be sampled from.
+        threshold: keeps x̂₀ in the range of ``model.data``: "static", "dynamic", or the quantile of "dynamic".
+        denoise: return x̂₀ at t_end, with one more evaluation, in place of the state there with its last noise.
         batch_size: samples solved together; by default as many as hold 2²⁰ numbers, at most 2¹⁴.
+        shard: (rank, number of ranks): solve this rank's part of the n samples alone, in order.
+        compile: make one graph of a step of fixed shape, for all steps and batches: True, or torch.compile's backend.
+        autocast: the dtype that the network's matrix products and convolutions run in, such as torch.bfloat16; the
+            state keeps its own.
         seed: of all random numbers.
         device: where to compute, which for a network is where its parameters are; the model's device by default.
         dtype: of the samples; by default that of x_start, of the model's parameters, or torch's default.
         trajectory: keep the states at all times of the grid.
         callback: called with (i, t, x) after step i of every batch; of an adaptive method, at the points of the grid.
+        progress: show a bar.
         **solver_options: keyword arguments of the solver's class.
 
     Raises:
         ValueError: naming the argument that is wrong, its value and what is allowed.
-        SolverError: if an adaptive solver cannot go on.
+        SolverError: if an adaptive solver cannot go on, or the model is not finite; names the time and the sample.
     """
-    method = make_solver(solver, solver_options)
+    method = _solver(solver, solver_options)
+    method.check_model(model)
     times = _grid(model, method, nfe, steps, grid, t_start, t_end, x_start is not None, trajectory)
+    if denoise:
+        model.check_time("t_end", times[-1])
     if n < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"n = {n}, batch_size = {batch_size}: must be at least 1")
-    device = torch.device(device or model.device)
-    dtype = dtype or (model.dtype if x_start is None else x_start.dtype)
     if x_start is not None:
         model.check_data("x_start", x_start)
         check_finite("x_start", x_start)
         if len(x_start) != n:
             raise ValueError(f"x_start holds {len(x_start)} states: must hold n = {n}")
-    batch_size = batch_size or max(1, min(_SAMPLES_A_BATCH, _NUMBERS_A_BATCH // math.prod(model.data_shape)))
     guided = guidance(model) if guidance else model
+    run = _Run(
+        guided if threshold is None else Thresholded(guided, threshold),
+        method,
+        times,
+        n,
+        x_start,
+        cond,
+        seed,
+        torch.device(device or model.device),
+        dtype or (model.dtype if x_start is None else x_start.dtype),
+        _compiler(compile, method),
+    )
+    share = _share(n, shard)
+    batch_size = batch_size or max(1, min(_SAMPLES_A_BATCH, _NUMBERS_A_BATCH // math.prod(model.data_shape)))
+    batch_size = min(batch_size, len(share))
     results, paths, counts = [], [], []
     started = time.perf_counter()
-    with evaluating(model):
-        for first in range(0, n, batch_size):
-            indices = range(first, min(n, first + batch_size))
-            streams = Streams(seed, indices, device)
-            if x_start is None:
-                x = _prior_std(model.sde, times[0]) * streams.normal(model.data_shape, dtype)
-            else:
-                x = x_start[first : indices.stop].to(device=device, dtype=dtype)
-            predict = Predict(guided, slice_cond(cond, n, indices, device))
-            path = _Path(x, times, trajectory, callback)
-            results.append(method.solve(Problem(model.sde, predict, times, streams, path.observe), x))
-            counts.append(predict.nfe_per_sample(len(indices)))
+    bar = tqdm(total=math.ceil(len(share) / batch_size) * (len(times) - 1), unit="step", disable=not progress)
+    with evaluating(model), bar, torch.autocast(run.device.type, autocast, enabled=autocast is not None):
+        for first in range(share.start, share.stop, batch_size):
+            indices = range(first, min(share.stop, first + batch_size))
+            path = _Path(len(indices), times, trajectory, callback, bar)
+            result, nfe_per_sample = run.solve(indices, batch_size, path, denoise)
+            results.append(result)
+            counts.append(nfe_per_sample)
             if trajectory:
                 paths.append(torch.stack(path.states))
     nfe_per_sample = torch.cat(counts)
@@ -140,24 +168,143 @@ def sample(
     )
 
 
-def _prior_std(sde: SDE, start: float) -> float:
-    """Standard deviation of the noise to start from at t_max, or after it."""
-    return sde.prior_std if start <= sde.t_max else float(sde.sigma(torch.tensor(start, dtype=torch.float64)))
-
-
 class _Path:
     """What is seen of a batch on its way."""
 
     def __init__(
-        self, x: Tensor, times: list[float], keep: bool, callback: Callable[[int, float, Tensor], None] | None
+        self,
+        size: int,
+        times: list[float],
+        keep: bool,
+        callback: Callable[[int, float, Tensor], None] | None,
+        bar: tqdm,
     ):
-        self.states, self.times, self.keep, self.callback = [x], times, keep, callback
+        self.size, self.times, self.keep, self.callback, self.bar = size, times, keep, callback, bar
+        self.states: list[Tensor] = []
+
+    def start(self, x: Tensor) -> None:
+        if self.keep:
+            self.states = [x[: self.size]]
 
     def observe(self, i: int, x: Tensor) -> None:
+        self.bar.update()
         if self.keep:
-            self.states.append(x)
+            self.states.append(x[: self.size])
         if self.callback is not None:
-            self.callback(i, self.times[i], x)
+            self.callback(i, self.times[i], x[: self.size])
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all batches have in common."""
+
+    model: Model
+    solver: Solver
+    times: list[float]
+    n: int
+    x_start: Tensor | None
+    cond: Mapping[str, Any] | None
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+    compile: Callable[[Callable], Callable] | None
+
+    def solve(self, indices: range, batch_size: int, path: _Path, denoise: bool) -> tuple[Tensor, Tensor]:
+        """The samples ``indices``, and the evaluations that each went through."""
+        # A graph is for one shape: a batch is filled up with samples that are thrown away.
+        size = batch_size if self.compile else len(indices)
+        predict = Predict(self.model, _fill(slice_cond(self.cond, self.n, indices, self.device), size))
+        problem, x = self._begin(predict, indices, size, path.observe, self.compile)
+        path.start(x)
+        result = self.solver.solve(problem, x)
+        if denoise:
+            result = predict(result, result.new_tensor(self.times[-1])).x0
+        result = result[: len(indices)]
+        if not bool(result.isfinite().all()):
+            self._explain(result, indices)
+        return result, predict.nfe_per_sample(size)[: len(indices)]
+
+    def _begin(
+        self,
+        predict: Predict,
+        indices: range,
+        size: int,
+        observe: Callable[[int, Tensor], None] = unobserved,
+        compile: Callable[[Callable], Callable] | None = None,
+    ) -> tuple[Problem, Tensor]:
+        """The problem and the state at its start."""
+        streams = Streams(self.seed, range(indices.start, indices.start + size), self.device)
+        problem = Problem(self.model.sde, predict, self.times, streams, observe, compile)
+        if self.x_start is None:
+            x = _prior_std(self.model.sde, self.times[0]) * streams.normal(self.model.data_shape, self.dtype)
+        else:
+            x = self.x_start[indices.start : indices.stop].to(device=self.device, dtype=self.dtype)
+        return problem, _fill({"x": x}, size)["x"]
+
+    def _explain(self, result: Tensor, indices: range) -> None:
+        """Solve again, looking at every answer of the model, and raise a SolverError."""
+        predict = Predict(_Checked(self.model, indices), slice_cond(self.cond, self.n, indices, self.device))
+        self.solver.solve(*self._begin(predict, indices, len(indices)))
+        sample = indices[int((~result.flatten(1).isfinite().all(1)).nonzero()[0])]
+        raise SolverError(f"sample {sample} left the finite numbers before t = {self.times[-1]:.6g}")
+
+
+class _Checked(Wrapped):
+    """A model that raises a SolverError where it is not finite."""
+
+    def __init__(self, model: Model, indices: range):
+        super().__init__(model)
+        self.indices = indices
+
+    def predict(self, x: Tensor, t: Tensor | float, **cond: Any) -> Prediction:
+        prediction = self.model.predict(x, t, **cond)
+        finite = torch.stack([part.flatten(1).isfinite().all(1) for part in prediction]).all(0)
+        if not bool(finite.all()):
+            row = int((~finite).nonzero()[0])
+            at = float(torch.as_tensor(t).expand(len(x))[row])
+            which = f"sample {self.indices[row]}" if len(x) == len(self.indices) else "a sample"
+            raise SolverError(f"the model's prediction for {which} is not finite at t = {at:.6g}")
+        return prediction
+
+
+def _solver(solver: str | Solver, options: dict[str, Any]) -> Solver:
+    if isinstance(solver, str):
+        return make_solver(solver, options)
+    if options:
+        raise ValueError(f"{', '.join(options)}: a solver that is given whole takes no options")
+    return solver
+
+
+def _share(n: int, shard: tuple[int, int]) -> range:
+    """The samples of one rank: parts in order, whose sizes differ by at most one."""
+    rank, ranks = shard
+    if not 0 <= rank < ranks <= n:
+        raise ValueError(f"shard = {shard}: need 0 <= rank < number of ranks <= n = {n}")
+    return range(rank * n // ranks, (rank + 1) * n // ranks)
+
+
+def _compiler(backend: bool | str | Callable[..., Any], solver: Solver) -> Callable[[Callable], Callable] | None:
+    if backend is False:
+        return None
+    if not isinstance(solver, StepSolver):
+        raise ValueError(f"compile = {backend!r}: {type(solver).__name__} is no solver of fixed steps")
+    options = {} if backend is True else {"backend": backend}
+    return partial(torch.compile, fullgraph=True, dynamic=False, **options)
+
+
+def _fill(values: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """Tensors of a batch made ``size`` long by repeating their last row."""
+    return {
+        name: torch.cat([value, value[-1:].expand(size - len(value), *value.shape[1:])])
+        if isinstance(value, Tensor) and value.ndim and len(value) < size
+        else value
+        for name, value in values.items()
+    }
+
+
+def _prior_std(sde: SDE, start: float) -> float:
+    """Standard deviation of the noise to start from at t_max, or after it."""
+    return sde.prior_std if start <= sde.t_max else float(sde.sigma(torch.tensor(start, dtype=torch.float64)))
 
 
 def _grid(
@@ -173,11 +320,14 @@ def _grid(
 ) -> list[float]:
     if steps is not None and nfe is not None:
         raise ValueError(f"steps = {steps} and nfe = {nfe}: give one of them")
-    if grid is not None and not isinstance(grid, str) and not (steps is nfe is t_start is t_end is None):
-        raise ValueError("grid is given as times: steps, nfe, t_start and t_end cannot be given too")
     for name, number in (("steps", steps), ("nfe", nfe)):
         if number is not None and number < 1:
             raise ValueError(f"{name} = {number}: must be at least 1")
+    if solver.times is not None:
+        _check_own_times(solver, nfe, steps, grid, t_start, t_end)
+        grid, nfe, steps, t_start, t_end = solver.times, None, None, None, None
+    if grid is not None and not isinstance(grid, str) and not (steps is nfe is t_start is t_end is None):
+        raise ValueError("grid is given as times: steps, nfe, t_start and t_end cannot be given too")
     sde = model.sde
     start = sde.t_max if t_start is None else sde.check_time("t_start", t_start)
     end = sde.t_min if t_end is None else sde.check_time("t_end", t_end)
@@ -198,3 +348,20 @@ def _grid(
     if times[0] < sde.t_max and not has_start:
         raise ValueError(f"t_start = {times[0]}: a start before t_max = {sde.t_max} needs x_start")
     return times
+
+
+def _check_own_times(
+    solver: Solver,
+    nfe: int | None,
+    steps: int | None,
+    grid: str | Sequence[float] | None,
+    t_start: float | None,
+    t_end: float | None,
+) -> None:
+    """Raise a ValueError that names an argument which a solver with times of its own contradicts."""
+    own = solver.times or []
+    wanted = {"nfe": nfe, "steps": steps, "t_start": t_start, "t_end": t_end, "grid": grid}
+    has = {"nfe": len(own) - 1, "steps": len(own) - 1, "t_start": own[0], "t_end": own[-1], "grid": own}
+    for name, value in wanted.items():
+        if value is not None and value != has[name]:
+            raise ValueError(f"{name} = {value}: this solver is made for {name} = {has[name]}")

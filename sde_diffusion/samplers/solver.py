@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -33,8 +33,9 @@ class Predict:
     def __call__(self, x: Tensor, t: Time) -> Prediction:
         """x̂₀ and ε̂."""
         self.nfe += 1
-        predict = self.model.predict if isinstance(t, Tensor) else self.model.predict_at
-        return predict(x, t, **self.cond)
+        if isinstance(t, Tensor):
+            return self.model.predict(x, t, **self.cond)
+        return self.model.predict_at(x, t, **self.cond)
 
     def combine(self, x: Tensor, t: SimpleNamespace, data: float, noise: float) -> Tensor:
         """data x̂₀ + noise ε̂, in fewer operations than from the pair; a factor of 0 leaves its term out."""
@@ -87,6 +88,7 @@ class Problem:
         grid: decreasing times, from where x is given to where it is wanted.
         streams: a random stream a sample.
         observe: to be called with (i, x) at grid[i], i > 0.
+        compile: what makes one graph of a step's function; None to run it as it is.
     """
 
     sde: SDE
@@ -94,6 +96,7 @@ class Problem:
     grid: list[float]
     streams: Streams
     observe: Callable[[int, Tensor], None] = unobserved
+    compile: Callable[[Callable], Callable] | None = None
 
     def predict_rows(self, rows: Tensor) -> Predict:
         """The model for samples ``rows`` (B',) of the batch: t may be (B',), and each of them is counted."""
@@ -176,12 +179,19 @@ class StepSolver(Solver):
         steps have appended to it; it starts full of x.
         """
 
+    @property
+    def draws_per_step(self) -> int:
+        """How often a step calls ``noise``."""
+        return int(self.is_stochastic)
+
     def solve(self, problem: Problem, x: Tensor) -> Tensor:
         """Prepare, then step."""
         noise = StepNoise(problem.streams, x.shape[1:], x.dtype)
-        past = deque([x] * self.memory, maxlen=self.memory)
+        # Each a tensor of its own: a graph would be made anew where arguments stop being one.
+        past = deque([x.clone() for _ in range(self.memory)], maxlen=self.memory)
+        step = self.step if problem.compile is None else self._compiled(problem.compile)
         for i, row in enumerate(self.rows(problem, x), start=1):
-            x = self.step(problem.predict, x, SimpleNamespace(**row, past=past), noise)
+            x = step(problem.predict, x, SimpleNamespace(**row, past=past), noise)
             problem.observe(i, x)
         return x
 
@@ -200,10 +210,32 @@ class StepSolver(Solver):
                     f"grid: the coefficient {name!r} is not finite at t = {t}: stay within [{problem.sde.t_min}, "
                     f"{problem.sde.t_max}], or take a solver or a noise level that is finite there"
                 )
-        # Numbers go along with the operations that use them; tensors would be read from memory.
-        numbers = Tensor.tolist
+
+        def numbers(column: Tensor) -> Sequence[Any]:
+            # A number goes along with the operation that uses it. A graph would be made anew for each: there they
+            # are tensors.
+            return column.tolist() if problem.compile is None else column.to(x).unbind()
+
         table = {
             name: problem.predict.at(values, x, numbers) if name in self.model_times else numbers(values)
             for name, values in columns.items()
         }
         return [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
+
+    def _compiled(self, compile: Callable[[Callable], Callable]) -> Callable[..., Tensor]:
+        """``step`` as a graph, to which all that changes from step to step is an argument."""
+        advance = compile(self._advance)
+
+        def step(predict: Predict, x: Tensor, c: SimpleNamespace, noise: Noise) -> Tensor:
+            draws = [noise() for _ in range(self.draws_per_step)]
+            x, calls = advance(predict.model, predict.cond, x, c, draws)
+            predict.nfe += calls
+            return x
+
+        return step
+
+    def _advance(
+        self, model: Model, cond: dict[str, Any], x: Tensor, c: SimpleNamespace, draws: list[Tensor]
+    ) -> tuple[Tensor, int]:
+        predict, left = Predict(model, cond), list(draws)
+        return self.step(predict, x, c, left.pop), predict.nfe
