@@ -171,6 +171,11 @@ def _define_sample(values: flags.FlagValues) -> None:
     flags.DEFINE_string("device", "auto", "where to compute", flag_values=values)
     flags.DEFINE_integer("steps", None, "steps of the solver", flag_values=values)
     flags.DEFINE_integer("nfe", None, "evaluations of the network allowed", flag_values=values)
+    flags.DEFINE_enum("grid", None, list(GRIDS), "times of the steps; by default the solver's", flag_values=values)
+    flags.DEFINE_enum("threshold", None, ["static", "dynamic"], "keep the data in their range", flag_values=values)
+    flags.DEFINE_bool("denoise", False, "end at the estimate of the data, without the last noise", flag_values=values)
+    flags.DEFINE_bool("compile", False, "make one graph of a step", flag_values=values)
+    flags.DEFINE_bool("progress", False, "show a bar", flag_values=values)
     flags.DEFINE_integer("batch_size", None, "samples solved together", flag_values=values)
     flags.DEFINE_integer("label", None, "class to draw, of a model with classes", flag_values=values)
     flags.DEFINE_integer("seed", 0, "seed", flag_values=values)
@@ -195,6 +200,11 @@ def _sample(values: flags.FlagValues, config: ConfigDict | None) -> None:
         solver=values.solver,
         steps=values.steps,
         nfe=values.nfe,
+        grid=values.grid,
+        threshold=values.threshold,
+        denoise=values.denoise,
+        compile=values.compile,
+        progress=values.progress,
         cond=cond,
         batch_size=values.batch_size,
         seed=values.seed,

@@ -81,6 +81,15 @@ def test_sample_passes_solver_options(run, tmp_path, capsys):
     assert "solver 'ode' takes method, rtol, atol" in capsys.readouterr().err
 
 
+def test_sample_takes_a_grid_and_how_to_end(run, tmp_path, capsys):
+    output = f"--output={tmp_path / 'samples.png'}"
+    arguments = ["sample", f"--workdir={run}", "--solver=ddim", "--count=2", "--steps=5", output]
+    assert main([*arguments, "--grid=quadratic", "--threshold=dynamic", "--denoise", "--progress"]) == 0
+    printed = capsys.readouterr()
+    assert "nfe 6," in printed.out
+    assert "5/5" in printed.err
+
+
 def test_likelihood_of_continuous_data(run, capsys):
     assert main(["likelihood", f"--workdir={run}", "--count=3"]) == 0
     printed = capsys.readouterr().out
