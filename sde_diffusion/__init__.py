@@ -9,7 +9,7 @@ from sde_diffusion.latent import Progression, decode, encode, interpolate, progr
 from sde_diffusion.likelihood import BitsPerDim, LogLikelihood, bits_per_dim, log_likelihood
 from sde_diffusion.model import DiffusionModel, Model, Prediction, VariancePrediction
 from sde_diffusion.ode import SolverError
-from sde_diffusion.samplers import Samples, sample, solvers
+from sde_diffusion.samplers import Calibrated, Samples, SolverInfo, calibrate, sample, solvers
 from sde_diffusion.sde import EDMSDE, SDE, VESDE, VPSDE, ConstantVESDE, CosineVPSDE, FlowSDE, SubVPSDE
 from sde_diffusion.training import (
     CheckpointError,
@@ -34,6 +34,7 @@ __all__ = [
     "BetaSDE",
     "BitsPerDim",
     "Bound",
+    "Calibrated",
     "ChainSDE",
     "CheckpointError",
     "ConfigError",
@@ -56,11 +57,13 @@ __all__ = [
     "RateSDE",
     "Samples",
     "SolverError",
+    "SolverInfo",
     "SubVPSDE",
     "TrainResult",
     "TrainingError",
     "VariancePrediction",
     "bits_per_dim",
+    "calibrate",
     "decode",
     "default_config",
     "encode",

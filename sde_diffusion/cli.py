@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from sde_diffusion.data.pictures import save_picture
 from sde_diffusion.likelihood import PROBES, TRACES, bits_per_dim, log_likelihood
 from sde_diffusion.model import DiffusionModel
 from sde_diffusion.ode import SolverError
-from sde_diffusion.samplers import SOLVERS, sample
+from sde_diffusion.samplers import sample, solvers
 from sde_diffusion.samplers.grids import GRIDS
 from sde_diffusion.training import ConfigError, TrainingError, load, train
 from sde_diffusion.training.checkpoint import pretrained, read_description
@@ -166,7 +165,7 @@ def _train(values: flags.FlagValues, config: ConfigDict | None) -> None:
 
 
 def _define_sample(values: flags.FlagValues) -> None:
-    flags.DEFINE_enum("solver", "ode", list(SOLVERS), "how to solve", flag_values=values)
+    flags.DEFINE_enum("solver", "auto", list(solvers()), "how to solve", flag_values=values)
     flags.DEFINE_integer("count", 16, "number of samples", flag_values=values)
     flags.DEFINE_string("device", "auto", "where to compute", flag_values=values)
     flags.DEFINE_integer("steps", None, "steps of the solver", flag_values=values)
@@ -189,7 +188,7 @@ def _sample(values: flags.FlagValues, config: ConfigDict | None) -> None:
     if values.label is not None and not 0 <= values.label < classes:
         raise ConfigError(f"--label={values.label}: the model has {classes} classes, from 0")
     options = dict(_option(text) for text in values.option)
-    allowed = inspect.signature(SOLVERS[values.solver]).parameters
+    allowed = solvers()[values.solver].options
     for option in options:
         if option not in allowed:
             raise ConfigError(f"--option={option}: solver {values.solver!r} takes {', '.join(allowed) or 'no options'}")

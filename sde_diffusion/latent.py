@@ -23,16 +23,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sde_diffusion import runge_kutta
 from sde_diffusion.model import Model, Prediction, Wrapped, check_finite, evaluating, slice_cond
-from sde_diffusion.ode import ADAPTIVE_METHODS, integrate
+from sde_diffusion.ode import ADAPTIVE_METHODS, PER_SAMPLE_METHODS, integrate
 from sde_diffusion.samplers import SOLVERS, sample
 from sde_diffusion.samplers.noise import Streams
+from sde_diffusion.samplers.solver import Predict
 from sde_diffusion.sde import SDE, drift_in_log_noise
 
 METHODS = ("ode", "shared_noise")
@@ -45,7 +46,7 @@ def encode(
     *,
     t_start: float | None = None,
     t_end: float | None = None,
-    method: str = "dopri5",
+    method: str = "dormand_prince",
     rtol: float = 1e-4,
     atol: float = 1e-4,
     cond: Mapping[str, Any] | None = None,
@@ -53,14 +54,13 @@ def encode(
 ) -> Tensor:
     """Latents of data: where the probability-flow ODE takes x from t_start up to t_end.
 
-    Examples that are solved together share their steps: up to the tolerance, none depends on its neighbours.
-
     Args:
         model: a trained or exact model.
         x: (B, *data_shape), floating, in the model's units.
         t_start: the time of x; t_min by default.
         t_end: the time of the latents; t_max by default, where they are distributed as the prior.
-        method: an adaptive method of torchdiffeq.
+        method: "dormand_prince", or an adaptive method of torchdiffeq, whose steps a batch shares: up to the tolerance,
+            an example then depends on its neighbours.
         rtol: relative tolerance of a step.
         atol: absolute tolerance of a step.
         cond: keyword arguments for the model; tensors of length B are cut into batches.
@@ -87,27 +87,31 @@ def encode(
         if not math.isfinite(sde.log_noise(t)):
             raise ValueError(f"{name} = {t}: the log-SNR is infinite there; choose from [{sde.t_min}, {sde.t_max}]")
     batch_size = batch_size or len(x)
-    options = {"method": method, "rtol": rtol, "atol": atol}
     latents = []
     with evaluating(model):
         for first in range(0, len(x), batch_size):
             indices = range(first, min(len(x), first + batch_size))
-            predict = partial(model.predict, **slice_cond(cond, len(x), indices, model.device))
+            predict = Predict(model, slice_cond(cond, len(x), indices, model.device))
             batch = x[first : indices.stop].to(model.device)
-            latents.append(_rise(sde, predict, batch, start, end, options))
+            latents.append(_rise(sde, predict, batch, start, end, method, rtol=rtol, atol=atol))
     return torch.cat(latents)
 
 
-def _rise(
-    sde: SDE, predict: Callable[..., Prediction], x: Tensor, start: float, end: float, options: dict[str, Any]
-) -> Tensor:
+def _rise(sde: SDE, predict: Predict, x: Tensor, start: float, end: float, method: str, **tolerances: Any) -> Tensor:
     """Solve dx/du from one time to a later one."""
+    grid = [sde.log_noise(start), sde.log_noise(end)]
+
+    def slope_of(rows: Tensor) -> runge_kutta.Slope:
+        part = predict.rows(rows)
+        return lambda x, u: drift_in_log_noise(sde, part, x, u)
+
+    if method in PER_SAMPLE_METHODS:
+        return runge_kutta.solve(slope_of, x, grid, to_time=sde.t_from_log_noise, **tolerances)[-1]
 
     def rates(state: tuple[Tensor, ...], u: Tensor) -> tuple[Tensor, ...]:
         return (drift_in_log_noise(sde, predict, state[0], u),)
 
-    grid = [sde.log_noise(start), sde.log_noise(end)]
-    return integrate(rates, (x,), grid, to_time=sde.t_from_log_noise, **options)[0]
+    return integrate(rates, (x,), grid, method=method, to_time=sde.t_from_log_noise, **tolerances)[0]
 
 
 def decode(
@@ -116,7 +120,7 @@ def decode(
     *,
     t_start: float | None = None,
     t_end: float | None = None,
-    method: str = "dopri5",
+    method: str = "dormand_prince",
     rtol: float = 1e-4,
     atol: float = 1e-4,
     cond: Mapping[str, Any] | None = None,
@@ -332,8 +336,9 @@ class _Watched(Wrapped):
 
 
 def _check_method(method: str) -> None:
-    if method not in ADAPTIVE_METHODS:
-        raise ValueError(f"method = {method!r}: must be one of {', '.join(ADAPTIVE_METHODS)}")
+    known = PER_SAMPLE_METHODS + ADAPTIVE_METHODS
+    if method not in known:
+        raise ValueError(f"method = {method!r}: must be one of {', '.join(known)}")
 
 
 def _check_weights(weights: Sequence[float]) -> None:

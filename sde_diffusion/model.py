@@ -35,6 +35,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -79,6 +80,8 @@ class Model(ABC):
     sde: SDE
     data_shape: tuple[int, ...]
     data: DataInfo = DataInfo(bits=None)
+    # Where files that belong to it are, if it came from a file.
+    directory: Path | None = None
 
     @abstractmethod
     def predict(self, x: Tensor, t: Tensor | float, **cond: Any) -> Prediction:

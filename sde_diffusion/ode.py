@@ -1,4 +1,4 @@
-r"""The probability-flow ODE over the angle between data and noise, and torchdiffeq that solves it.
+r"""The probability-flow ODE over the angle between data and noise, solved sample by sample or by torchdiffeq.
 
 With n² = α² + σ² and θ = atan(σ/α), the scaled state y = x/n = cos θ x̂₀ + sin θ ε̂ moves by
 
@@ -9,7 +9,8 @@ them. Its divergence gives the change of density between two times s and t,
 
     log p_s(x_s) = log p_t(x_t) + D log(n_t/n_s) + ∫ ∇·(dy/dθ) dθ        from θ_s to θ_t
 
-Adaptive methods keep the estimated error e of every step below tolerance in the norm
+"dormand_prince" is ``sde_diffusion.runge_kutta``: every sample takes the steps that it would take alone. The adaptive
+methods of torchdiffeq share their steps within a batch; they keep the estimated error e of each below tolerance in
 
     max over samples of  RMS( e / (atol + rtol max(|x|, |x'|)) )
 
@@ -28,23 +29,26 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
-from sde_diffusion.sde import SDE
+from sde_diffusion import runge_kutta
+from sde_diffusion.runge_kutta import SolverError, check_arguments
+from sde_diffusion.sde import SDE, expand_to
 
+PER_SAMPLE_METHODS = (runge_kutta.NAME,)
 ADAPTIVE_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 ONE_STEP_METHODS = ("euler", "midpoint", "heun2", "heun3", "rk4")
 ADAMS_METHODS = ("explicit_adams", "implicit_adams")
 FIXED_METHODS = ONE_STEP_METHODS + ADAMS_METHODS
-# A flow from noise to data is flat at both ends: to an adaptive method a single step from one to the other can look
+# A flow from noise to data is flat at both ends: to torchdiffeq's methods a single step from one to the other can look
 # free of error, so the steps are kept shorter.
 _FEWEST_STEPS = 8
 # The order that torchdiffeq takes by default, 12, is past what these methods are stable for.
 _ADAMS_ORDER = 5
 
 
-class SolverError(RuntimeError):
-    """A solver could not reach the end of its interval; says where it stopped, after how many evaluations."""
+# How many numbers of float64 the vectorised loops of a CPU take at once, at the most.
+_VECTOR = 16
 
-
+Predictor = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Velocity = Callable[[Tensor], Tensor]
 Divergence = Callable[[Velocity, Tensor], tuple[Tensor, Tensor]]
 
@@ -52,15 +56,25 @@ Divergence = Callable[[Velocity, Tensor], tuple[Tensor, Tensor]]
 class ProbabilityFlow:
     """The flow dy/dθ of an SDE and a predict(x, t) -> (x̂₀, ε̂), to be solved from one time to another."""
 
-    def __init__(self, sde: SDE, predict: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]):
-        """Join them."""
+    def __init__(self, sde: SDE, predict: Predictor, predict_rows: Callable[[Tensor], Predictor] | None = None):
+        """Join them.
+
+        Args:
+            sde: the diffusion.
+            predict: (x, t) -> (x̂₀, ε̂) for the whole batch.
+            predict_rows: maps rows (B',) of the batch to the predict of those samples, for t (B',); ``predict`` itself
+                by default, which then must not hold anything that belongs to single samples.
+        """
         self.sde, self.predict = sde, predict
+        self.predict_rows = predict_rows or (lambda rows: predict)
 
     def solve(
         self,
         x: Tensor,
         times: Sequence[float],
         observe: Callable[[int, Tensor], None] | None = None,
+        *,
+        method: str = "dopri5",
         **options: Any,
     ) -> Tensor:
         """Carry x (B, ...) from times[0] to times[-1], in either direction.
@@ -69,15 +83,23 @@ class ProbabilityFlow:
             x: the state at times[0].
             times: strictly monotone numbers in [0, T].
             observe: called with (i, x) at times[i], i > 0.
-            **options: ``method``, ``rtol`` and ``atol`` of ``integrate``.
+            method: one of ``PER_SAMPLE_METHODS``, or those of ``integrate``.
+            **options: ``rtol`` and ``atol``.
         """
-        norms = self._norm(times)
+        norms, angles = self._norm(times), self._angles(times)
+        options |= {"to_time": self._time_at}
+        if method in PER_SAMPLE_METHODS:
+            path = runge_kutta.solve(self._slope_of, x / norms[0], angles, **options)
+            if observe is not None:
+                for i in range(1, len(times)):
+                    observe(i, norms[i] * path[i])
+            return norms[-1] * path[-1]
         watch = None if observe is None else lambda i, y: observe(i, norms[i] * y)
 
         def rates(state: tuple[Tensor, ...], angle: Tensor) -> tuple[Tensor, ...]:
-            return (self._velocity(angle, x.dtype)(state[0]),)
+            return (self._velocity(self.predict, angle, x.dtype)(state[0]),)
 
-        (y,) = integrate(rates, (x / norms[0],), self._angles(times), observe=watch, to_time=self._time_at, **options)
+        (y,) = integrate(rates, (x / norms[0],), angles, method=method, observe=watch, **options)
         return norms[-1] * y
 
     def solve_with_density(
@@ -98,22 +120,29 @@ class ProbabilityFlow:
         dimension, (start, end) = x[0].numel(), self._norm(times)
 
         def rates(state: tuple[Tensor, ...], angle: Tensor) -> tuple[Tensor, ...]:
-            value, divergences = divergence(self._velocity(angle, x.dtype), state[0])
+            value, divergences = divergence(self._velocity(self.predict, angle, x.dtype), state[0])
             return value, divergences / dimension
 
         state = (x / start, x.new_zeros(len(x), estimates))
         y, change = integrate(rates, state, self._angles(times), to_time=self._time_at, **options)
         return end * y, dimension * (change + math.log(end / start))
 
-    def _velocity(self, angle: Tensor, dtype: torch.dtype) -> Velocity:
-        """y -> dy/dθ at an angle, a () float64 tensor."""
-        t = self.sde.t_from_log_snr(-2 * torch.log(torch.tan(angle)))
+    def _slope_of(self, rows: Tensor) -> runge_kutta.Slope:
+        predict = self.predict_rows(rows)
+        return lambda y, angle: self._velocity(predict, angle, y.dtype)(y)
+
+    def _velocity(self, predict: Predictor, angle: Tensor, dtype: torch.dtype) -> Velocity:
+        """y (B, ...) -> dy/dθ at an angle, () or (B,) in float64."""
+        log_snr = -2 * torch.log(torch.tan(angle))
+        # Some functions round a loop's last, incomplete vector in their own way. With as many copies as a vector holds,
+        # no time depends on its place in the batch.
+        t = self.sde.t_from_log_snr(log_snr[..., None].repeat_interleave(_VECTOR, dim=-1))[..., 0]
         norm = torch.sqrt(self.sde.alpha(t).square() + self.sde.sigma(t).square())
         cos, sin, scale, t = (value.to(dtype) for value in (torch.cos(angle), torch.sin(angle), norm, t))
 
         def velocity(y: Tensor) -> Tensor:
-            x0, eps = self.predict(scale * y, t)
-            return cos * eps - sin * x0
+            x0, eps = predict(expand_to(scale, y) * y, t)
+            return expand_to(cos, y) * eps - expand_to(sin, y) * x0
 
         return velocity
 
@@ -165,11 +194,8 @@ def integrate(
     """
     if method not in ADAPTIVE_METHODS + FIXED_METHODS:
         raise ValueError(f"method = {method!r}: must be one of {', '.join(ADAPTIVE_METHODS + FIXED_METHODS)}")
-    if not (rtol > 0 and atol > 0):
-        raise ValueError(f"rtol = {rtol}, atol = {atol}: must be positive")
+    check_arguments(grid, rtol, atol)
     steps = [after - before for before, after in pairwise(grid)]
-    if not steps or not min(steps) * max(steps) > 0:
-        raise ValueError(f"grid = {list(grid)}: needs at least two points, all rising or all falling")
     if method in ADAMS_METHODS and max(steps) - min(steps) > 1e-6 * max(abs(step) for step in steps):
         raise ValueError(f"grid = {list(grid)}: {method} needs equal steps")
     first, last = min(grid[0], grid[-1]), max(grid[0], grid[-1])

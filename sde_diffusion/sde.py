@@ -281,13 +281,13 @@ def drift_in_log_noise(
         sde: the diffusion.
         predict: the model's primitive.
         x: state (B, ...).
-        u: (), in float64.
+        u: () or (B,), in float64.
         eta: as in ``ReverseSDE``; 0 for the probability-flow ODE.
     """
     t, dt_du = sde.time_change(u)
-    data_rate, noise_rate = (rate * dt_du for rate in sde.reverse_rates(t, eta))
+    data_rate, noise_rate = (expand_to((rate * dt_du).to(x.dtype), x) for rate in sde.reverse_rates(t, eta))
     x0, eps = predict(x, t.to(x.dtype))
-    return data_rate.to(x.dtype) * x0 + noise_rate.to(x.dtype) * eps
+    return data_rate * x0 + noise_rate * eps
 
 
 class _LinearBeta(SDE):

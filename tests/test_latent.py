@@ -11,6 +11,7 @@ import sde_diffusion as sd
 from sde_diffusion.data import fashion_mnist
 from sde_diffusion.latent import decode, encode, interpolate, progressive, slerp
 from sde_diffusion.networks import MLP
+from sde_diffusion.sde import expand_to
 
 TIGHT = {"rtol": 1e-6, "atol": 1e-6}
 # Some forty steps add up errors below the tolerance each; data of standard deviation 0.45 and more let them grow by at
@@ -39,7 +40,7 @@ class Shifted(sd.Model):
 
     def predict(self, x, t, *, mean):
         self.calls += 1
-        x0, eps = self.exact.predict(x - self.sde.alpha(t) * mean, t)
+        x0, eps = self.exact.predict(x - expand_to(self.sde.alpha(t), x) * mean, t)
         return sd.Prediction(x0 + mean, eps)
 
 
@@ -150,7 +151,7 @@ def test_dropout_is_off_and_the_mode_comes_back():
         (lambda m, x: encode(m, x / 0), r"x\[0\] holds NaN or infinite"),
         (lambda m, x: encode(m, x[:0]), "0 examples"),
         (lambda m, x: encode(m, x, batch_size=0), "batch_size = 0"),
-        (lambda m, x: encode(m, x, method="rk4"), "method = 'rk4': must be one of dopri5"),
+        (lambda m, x: encode(m, x, method="rk4"), "method = 'rk4': must be one of dormand_prince, dopri5"),
         (lambda m, x: encode(m, x, rtol=0.0), "rtol = 0.0"),
         (lambda m, x: encode(m, x, t_start=0.0), "t_start = 0.0: the log-SNR is infinite there"),
         (lambda m, x: encode(m, x, t_end=2.0), "t_end = 2.0 is outside"),
@@ -159,7 +160,7 @@ def test_dropout_is_off_and_the_mode_comes_back():
         (lambda m, x: decode(m, x[:, :2]), r"z has shape \(4, 2\): need \(B, 3\)"),
         (lambda m, x: decode(m, x / 0), r"z\[0\] holds NaN or infinite"),
         (lambda m, x: decode(m, x[:0]), "n = 0"),
-        (lambda m, x: decode(m, x, method="rk4"), "method = 'rk4': must be one of dopri5"),
+        (lambda m, x: decode(m, x, method="rk4"), "method = 'rk4': must be one of dormand_prince, dopri5"),
         (lambda m, x: decode(m, x, t_start=0.3, t_end=0.5), "t_start must be the larger"),
         (lambda m, x: slerp(x, x[:2], 0.5), r"a has shape \(4, 3\), b \(2, 3\)"),
         (lambda m, x: slerp(x, x, 1.5), r"weights = \[1.5\]: must be"),
@@ -178,7 +179,7 @@ def test_dropout_is_off_and_the_mode_comes_back():
         (lambda m, x: progressive(m, 2, levels=9, steps=8), "levels = 9, steps = 8"),
         (lambda m, x: progressive(m, 2, solver="heun"), "solver = 'heun': must be one with one evaluation a step"),
         (lambda m, x: progressive(m, 2, solver="ode"), "solver = 'ode': must be one with one evaluation a step"),
-        (lambda m, x: progressive(m, 2, solver="dpm"), "solver = 'dpm': must be one of em"),
+        (lambda m, x: progressive(m, 2, solver="dpm"), "solver = 'dpm': must be one of auto"),
         (lambda m, x: progressive(m, 0, steps=10), "n = 0"),
     ],
 )

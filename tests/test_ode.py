@@ -5,8 +5,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from sde_diffusion import SolverError
-from sde_diffusion.ode import ADAPTIVE_METHODS, FIXED_METHODS, ONE_STEP_METHODS, integrate
+from sde_diffusion import RateSDE, SolverError
+from sde_diffusion.ode import ADAPTIVE_METHODS, FIXED_METHODS, ONE_STEP_METHODS, ProbabilityFlow, integrate
+from sde_diffusion.sde import expand_to
 
 METHODS = ADAPTIVE_METHODS + FIXED_METHODS
 ORDERS = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
@@ -229,3 +230,45 @@ def test_too_many_steps_are_an_error(method):
 def test_arguments_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         integrate(decay, (ones(2, 2),), **({"grid": FORWARDS} | options))
+
+
+@pytest.mark.parametrize("method", ["dormand_prince", "dopri5"])
+def test_the_flow_runs_either_way(any_sde, method):
+    """N(0, 1/2) under the flow: x in proportion to its standard deviation, at every time."""
+
+    def predict(x, t):
+        alpha, sigma = expand_to(any_sde.alpha(t), x), expand_to(any_sde.sigma(t), x)
+        whitened = x / (0.5 * alpha.square() + sigma.square())
+        return 0.5 * alpha * whitened, sigma * whitened
+
+    flow, options = ProbabilityFlow(any_sde, predict), {"method": method, "rtol": 1e-8, "atol": 1e-8}
+    times = torch.tensor([any_sde.t_max, 0.5 * (any_sde.t_max + any_sde.t_min), any_sde.t_min], dtype=torch.float64)
+    std = torch.sqrt(0.5 * any_sde.alpha(times).square() + any_sde.sigma(times).square())
+    x = std[0] * torch.tensor([[-2.0, 0.1], [0.5, 1.0], [0.01, 3.0]], dtype=torch.float64)
+    for path in (times, times.flip(0)):
+        exact = {i: x * (any_sde_std / std[0]) for i, any_sde_std in enumerate(std if path is times else std.flip(0))}
+        seen = []
+        end = flow.solve(exact[0], path.tolist(), lambda i, y, seen=seen: seen.append((i, y)), **options)
+        assert [i for i, _ in seen] == [1, 2]
+        assert torch.equal(seen[-1][1], end)
+        for i, y in seen:
+            # In tolerances of the scaled state, which on the way up errs by what grows with its scale.
+            assert (y - exact[i]).abs().max() < 1e-4 * exact[i].abs().max()
+
+
+def test_a_time_does_not_depend_on_its_place_in_the_batch(any_sde):
+    if isinstance(any_sde, RateSDE):
+        pytest.skip("its quadrature is a matrix product, which rounds each batch in its own way")
+    seen = []
+
+    def predict(x, t):
+        seen.append(t)
+        return x, x
+
+    slope = ProbabilityFlow(any_sde, predict)._slope_of(torch.arange(133))
+    angles = torch.linspace(0.1, 1.4, 133, dtype=torch.float64)
+    y = torch.ones(133, 2, dtype=torch.float64)
+    together = slope(y, angles)
+    for i in range(133):
+        assert torch.equal(slope(y[:1], angles[i : i + 1])[0], together[i])
+        assert torch.equal(seen[-1][0], seen[0][i])

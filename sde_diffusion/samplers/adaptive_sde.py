@@ -36,12 +36,12 @@ from torch import Tensor
 from sde_diffusion.ode import SolverError
 from sde_diffusion.samplers.noise import StepNoise
 from sde_diffusion.samplers.solver import Predict, Problem, Solver
-from sde_diffusion.sde import SDE, expand_to, non_negative
+from sde_diffusion.sde import SDE, drift_in_log_noise, expand_to, non_negative
 
 # Of the whole way.
 _FIRST_STEP = 0.01
-# The error of a sample with few entries may be small by chance.
-_LARGEST_GROWTH = 5.0
+# The error of a sample with few entries may be small by chance, and that of a step into the unstable is of no measure.
+_LARGEST_CHANGE = 5.0
 
 
 class AdaptiveSDE(Solver):
@@ -133,13 +133,10 @@ class AdaptiveSDE(Solver):
         """x' and x'' of steps (B',) from x (B', ...)."""
 
         def move(x: Tensor, s: Tensor) -> Tensor:
-            t, dt_du = sde.time_change(-s)
-            # u = −s falls.
-            data_rate, noise_rate = (rate * dt_du * (start - end) for rate in sde.reverse_rates(t, self.eta))
-            std = self.eta * math.sqrt(2) * sde.sigma(t)
-            data, noise, std = (expand_to(factor.to(x), x) for factor in (data_rate, noise_rate, std))
-            x0, eps = predict(x, t.to(x))
-            return data * x0 + noise * eps + std * increment
+            u = -s.to(x.device)
+            std = self.eta * math.sqrt(2) * sde.sigma(sde.t_from_log_snr(-2 * u))
+            step, std = (expand_to(factor.to(x), x) for factor in (start - end, std))
+            return step * drift_in_log_noise(sde, predict, x, u, self.eta) + std * increment
 
         first = move(x, start)
         return x + first, x + 0.5 * (first + move(x + first, end))
@@ -151,7 +148,7 @@ class AdaptiveSDE(Solver):
 
     def _next_step(self, h: Tensor, start: Tensor, end: Tensor, error: Tensor) -> Tensor:
         """h (B',) after an attempt with it, or with less, for a stop or a known point."""
-        factor = (self.safety * error.pow(-self.exponent)).clamp(max=_LARGEST_GROWTH)
+        factor = (self.safety * error.pow(-self.exponent)).clamp(1 / _LARGEST_CHANGE, _LARGEST_CHANGE)
         # That a step cut short is accepted says nothing of the whole one.
         return torch.where((error <= 1) & (end < start + h), h, factor * (end - start))
 

@@ -20,20 +20,33 @@ class EulerMaruyama(StepSolver):
     """First order in law, one evaluation a step."""
 
     default_steps: ClassVar[int] = 1000
+    convergence_order = 1
 
     def __init__(self, eta: float | TimeFunction = 1.0):
         """Set η >= 0, or the noise level w(t) >= 0; every choice has the same marginals in the limit of small steps."""
         self.eta = check_eta(eta)
 
+    @property
+    def is_stochastic(self) -> bool:
+        """Unless η = 0."""
+        return bool(self.eta)
+
     def prepare(self, sde: SDE, times: Tensor) -> dict[str, Tensor]:
-        """Step, rates of the drift, and standard deviation of the noise."""
-        t, dt = times[:-1], times[1:] - times[:-1]
+        """The drift over a step, as factors of x̂₀ and ε̂, and the standard deviation of its noise."""
+        t, dt = times[:-1], times.diff()
         data_rate, noise_rate = sde.reverse_rates(t, self.eta)
         std = sde.reverse_diffusion(t, self.eta) * torch.sqrt(-dt)
-        return {"t": t, "dt": dt, "data_rate": data_rate, "noise_rate": noise_rate, "std": std}
+        return {"t": t, "data": data_rate * dt, "noise": noise_rate * dt, "std": std}
 
     def step(self, predict: Predict, x: Tensor, c: SimpleNamespace, noise: Noise) -> Tensor:
         """Drift, then noise."""
-        x0, eps = predict(x, c.t)
-        x = x + (c.data_rate * x0 + c.noise_rate * eps) * c.dt
+        x = x + predict.combine(x, c.t, c.data, c.noise)
         return x + c.std * noise() if self.eta else x
+
+
+class Euler(EulerMaruyama):
+    """Euler's method on the probability-flow ODE dx/dt: first order, one evaluation a step."""
+
+    def __init__(self) -> None:
+        """Leave out the noise."""
+        super().__init__(eta=0.0)

@@ -28,7 +28,7 @@ too: one evaluation a step, and one order more. Its sums of two terms are B(h)/2
 place of time j in steps from t, with B(h) = h ("bh1") or 1 − e^{−h} ("bh2").
 
 Sources: Zhang & Chen 2022 (arXiv:2204.13902), section 3; Lu et al. 2022 (arXiv:2211.01095), section 4 and appendix B,
-for DPM-Solver++(2S) and (2M); Zhao et al. 2023 (arXiv:2302.04867), section 3.
+for DPM-Solver++(2M); Zhao et al. 2023 (arXiv:2302.04867), section 3.
 """
 
 from __future__ import annotations
@@ -310,32 +310,3 @@ class UniPC(Multistep):
         predicted = weighted_sum(c.scale, x, c.weights, c.past)
         c.past.append(x)
         return predicted
-
-
-class DPMSolver2S(StepSolver):
-    """DPM-Solver++(2S): second order, deterministic, two evaluations a step, the second halfway in log-SNR."""
-
-    default_steps: ClassVar[int] = 25
-    model_times: ClassVar[tuple[str, ...]] = ("t", "middle")
-    convergence_order = 2
-
-    def evaluations_per_step(self) -> int:
-        """Two: at the start and in the middle."""
-        return 2
-
-    def prepare(self, sde: SDE, times: Tensor) -> dict[str, Tensor]:
-        """A and W from t to the middle, and from t to s."""
-        start, end = times[:-1], times[1:]
-        middle_log_snr = (sde.log_snr(start) + sde.log_snr(end)) / 2
-        # Where the log-SNR is infinite there is no middle: both evaluations are at t, and the step is of first order.
-        middle = torch.where(middle_log_snr.isfinite(), sde.t_from_log_snr(middle_log_snr), start)
-        coefficients = {"t": start, "middle": middle}
-        for name, to in (("half", middle), ("whole", end)):
-            scale, total = (values[0] for values in _Data(sde, torch.stack([start, to])).steps())
-            coefficients |= {f"scale_{name}": scale, f"weight_{name}": total}
-        return coefficients
-
-    def step(self, predict: Predict, x: Tensor, c: SimpleNamespace, noise: Noise) -> Tensor:
-        """The whole step with the x̂₀ of the middle, which the x̂₀ of the start leads to."""
-        halfway = combination((c.scale_half, x), (1.0, predict.combine(x, c.t, c.weight_half, 0.0)))
-        return combination((c.scale_whole, x), (1.0, predict.combine(halfway, c.middle, c.weight_whole, 0.0)))

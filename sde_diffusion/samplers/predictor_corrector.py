@@ -31,6 +31,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sde_diffusion.model import combination
 from sde_diffusion.samplers.ddim import DDPM
 from sde_diffusion.samplers.euler_maruyama import EulerMaruyama
 from sde_diffusion.samplers.solver import Noise, Predict, StepSolver
@@ -40,6 +41,9 @@ from sde_diffusion.sde import SDE, expand_to
 class ReverseDiffusion(StepSolver):
     """The forward step discretised, then reversed: one evaluation a step; first order in law."""
 
+    convergence_order = 1
+    is_stochastic = True
+
     def prepare(self, sde: SDE, times: Tensor) -> dict[str, Tensor]:
         """2 − λ, v/σ_t and √v."""
         t, s = times[:-1], times[1:]
@@ -48,7 +52,8 @@ class ReverseDiffusion(StepSolver):
 
     def step(self, predict: Predict, x: Tensor, c: SimpleNamespace, noise: Noise) -> Tensor:
         """Against the forward drift, along the score, and noise."""
-        return c.scale * x - c.drift * predict(x, c.t).eps + c.std * noise()
+        along_score = predict.combine(x, c.t, 0.0, -c.drift)
+        return combination((c.scale, x), (1.0, along_score), (c.std, noise()))
 
 
 PREDICTORS: dict[str, Callable[[], StepSolver]] = {
@@ -82,6 +87,8 @@ class PredictorCorrector(StepSolver):
     default_steps: ClassVar[int] = 1000
     evaluates_end: ClassVar[bool] = True
     model_times: ClassVar[tuple[str, ...]] = ("t", "s")
+    convergence_order = 1
+    is_stochastic = True
 
     def __init__(
         self,
@@ -114,6 +121,11 @@ class PredictorCorrector(StepSolver):
     def evaluations_per_step(self) -> int:
         """One, and one for every corrector step."""
         return 1 + self.corrector_steps
+
+    @property
+    def draws_per_step(self) -> int:
+        """As many as evaluations."""
+        return self.evaluations_per_step()
 
     def prepare(self, sde: SDE, times: Tensor) -> dict[str, Tensor]:
         """What the predictor needs; σ_s, and ε/σ_s² where ‖score‖ is √D/σ_s."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +17,11 @@ from tqdm import tqdm
 
 from sde_diffusion.model import Model, Prediction, Wrapped, check_finite, evaluating, slice_cond
 from sde_diffusion.ode import SolverError
+from sde_diffusion.samplers.auto import choose
+from sde_diffusion.samplers.calibrated import Calibrated, find
 from sde_diffusion.samplers.grids import check_log_snr, time_grid
 from sde_diffusion.samplers.noise import Streams
-from sde_diffusion.samplers.registry import make_solver
+from sde_diffusion.samplers.registry import check_options, make_solver
 from sde_diffusion.samplers.solver import Predict, Problem, Solver, StepSolver, unobserved
 from sde_diffusion.samplers.thresholding import Thresholded
 from sde_diffusion.sde import SDE
@@ -53,7 +57,7 @@ def sample(
     model: Model,
     n: int,
     *,
-    solver: str | Solver = "ode",
+    solver: str | os.PathLike[str] | Solver = "auto",
     nfe: int | None = None,
     steps: int | None = None,
     grid: str | Sequence[float] | None = None,
@@ -85,7 +89,8 @@ def sample(
     Args:
         model: a trained or exact model.
         n: how many.
-        solver: a name in ``solvers()``, or a solver.
+        solver: a name in ``solvers()``, a solver, or the file of a calibrated one. "auto" chooses, for the number of
+            evaluations or, without one, for its tolerances rtol and atol; "calibrated" is the one beside the model.
         nfe: evaluations of the model allowed; excludes ``steps``.
         steps: steps of the solver; its own default if neither is given. An adaptive method takes its own, and this
             sets the points at which its trajectory is kept.
@@ -117,7 +122,8 @@ def sample(
         ValueError: naming the argument that is wrong, its value and what is allowed.
         SolverError: if an adaptive solver cannot go on, or the model is not finite; names the time and the sample.
     """
-    method = _solver(solver, solver_options)
+    _check_counts(nfe, steps)
+    method = _solver(solver, solver_options, model, nfe or steps, grid, t_start, t_end)
     method.check_model(model)
     times = _grid(model, method, nfe, steps, grid, t_start, t_end, x_start is not None, trajectory)
     if denoise:
@@ -267,12 +273,43 @@ class _Checked(Wrapped):
         return prediction
 
 
-def _solver(solver: str | Solver, options: dict[str, Any]) -> Solver:
-    if isinstance(solver, str):
-        return make_solver(solver, options)
-    if options:
-        raise ValueError(f"{', '.join(options)}: a solver that is given whole takes no options")
-    return solver
+def _check_counts(nfe: int | None, steps: int | None) -> None:
+    if steps is not None and nfe is not None:
+        raise ValueError(f"steps = {steps} and nfe = {nfe}: give one of them")
+    for name, number in (("steps", steps), ("nfe", nfe)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} = {number}: must be at least 1")
+
+
+def _solver(
+    solver: str | os.PathLike[str] | Solver,
+    options: dict[str, Any],
+    model: Model,
+    nfe: int | None,
+    grid: str | Sequence[float] | None,
+    t_start: float | None,
+    t_end: float | None,
+) -> Solver:
+    """The solver that is meant, for a model and a number of evaluations."""
+    if isinstance(solver, Solver):
+        if options:
+            raise ValueError(f"{', '.join(options)}: a solver that is given whole takes no options")
+        return solver
+    if solver == "auto":
+        check_options("auto", choose, options)
+        if grid is not None and not isinstance(grid, str):
+            nfe = len(grid) - 1
+        chosen = choose(model.sde, nfe, t_start, t_end, **options)
+        if grid is not None:
+            chosen.times = None
+        return chosen
+    if solver == "calibrated":
+        check_options("calibrated", find, options)
+        return find(model, nfe, **options)
+    if Path(solver).suffix == ".safetensors":
+        check_options(str(solver), Calibrated.load, options)
+        return Calibrated.load(solver, **options)
+    return make_solver(str(solver), options)
 
 
 def _share(n: int, shard: tuple[int, int]) -> range:
@@ -318,11 +355,6 @@ def _grid(
     has_start: bool,
     trajectory: bool,
 ) -> list[float]:
-    if steps is not None and nfe is not None:
-        raise ValueError(f"steps = {steps} and nfe = {nfe}: give one of them")
-    for name, number in (("steps", steps), ("nfe", nfe)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name} = {number}: must be at least 1")
     if solver.times is not None:
         _check_own_times(solver, nfe, steps, grid, t_start, t_end)
         grid, nfe, steps, t_start, t_end = solver.times, None, None, None, None

@@ -237,5 +237,5 @@ class StepSolver(Solver):
     def _advance(
         self, model: Model, cond: dict[str, Any], x: Tensor, c: SimpleNamespace, draws: list[Tensor]
     ) -> tuple[Tensor, int]:
-        predict, left = Predict(model, cond), list(draws)
-        return self.step(predict, x, c, left.pop), predict.nfe
+        predict, last_first = Predict(model, cond), draws[::-1]
+        return self.step(predict, x, c, last_first.pop), predict.nfe

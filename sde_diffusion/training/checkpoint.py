@@ -72,7 +72,7 @@ def load(
     Raises:
         CheckpointError: if nothing is there, or it is damaged, or its tensors do not fit the network.
     """
-    path = _model_file(Path(path), raw)
+    given, path = Path(path), _model_file(Path(path), raw)
     tensors, header = load_tensors(path)
     description = _description(path, header)
     config = description["config"]
@@ -85,6 +85,8 @@ def load(
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its header describes no model of this library: {error}") from error
     fill(model, tensors, path)
+    # What is made for this model alone, such as a calibrated solver, is kept beside it.
+    model.directory = given if given.is_dir() else given.with_suffix("")
     return model.to(device).eval().requires_grad_(False)
 
 

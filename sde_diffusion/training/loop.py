@@ -32,8 +32,8 @@ from sde_diffusion.data import as_dataset, load_dataset
 from sde_diffusion.data.pictures import has_picture, save_picture
 from sde_diffusion.losses import SPREADS, TIMES, WEIGHTINGS, Hybrid, TimeSampler, Weighting, denoising_loss
 from sde_diffusion.model import DiffusionModel
-from sde_diffusion.samplers import sample
 from sde_diffusion.samplers.noise import Streams
+from sde_diffusion.samplers.sample import sample
 from sde_diffusion.training.checkpoint import (
     build_model,
     load_checkpoint,

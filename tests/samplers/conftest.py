@@ -8,17 +8,23 @@ import torch
 
 import sde_diffusion as sd
 from sde_diffusion.samplers.solver import Predict, Problem
+from sde_diffusion.sde import expand_to
 
 # What solvers see of these they see of the others too, but a look-up costs more.
 _SLOW = (sd.RateSDE, sd.LogSNRSDE)
+_MANY_STEPS = ("adaptive_sde", "euler")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Leave the SDEs from functions to the slow tests, here alone."""
+    """Leave to the slow tests, here alone: SDEs from functions; images and long runs of all SDEs but one."""
     for item in items:
-        sde = getattr(item, "callspec", None) and item.callspec.params.get("any_sde")
-        if isinstance(sde, _SLOW) and item.path.parent.name == "samplers":
+        if item.path.parent.name != "samplers" or not hasattr(item, "callspec"):
+            continue
+        sde, shape, solver = (item.callspec.params.get(name) for name in ("any_sde", "shape", "solver"))
+        is_image = isinstance(shape, tuple) and len(shape) > 1
+        is_other = sde is not None and not isinstance(sde, sd.VPSDE)
+        if isinstance(sde, _SLOW) or (is_other and (is_image or solver in _MANY_STEPS)):
             item.add_marker(pytest.mark.slow)
 
 
@@ -79,7 +85,7 @@ def pointwise():
             self.sde, self.variance, self.data_shape = sde, variance, (3,)
 
         def predict(self, x, t):
-            alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
+            alpha, sigma = expand_to(self.sde.alpha(t), x), expand_to(self.sde.sigma(t), x)
             whitened = x / (alpha * alpha * self.variance + sigma * sigma)
             return sd.Prediction(alpha * self.variance * whitened, sigma * whitened)
 

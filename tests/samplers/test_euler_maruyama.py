@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sde_diffusion as sd
-from sde_diffusion.samplers.euler_maruyama import EulerMaruyama
+from sde_diffusion.samplers.euler_maruyama import Euler, EulerMaruyama
 from sde_diffusion.samplers.noise import StepNoise, Streams
 
 
@@ -34,7 +34,7 @@ def test_every_eta_converges_to_the_variance_of_p_at_first_order(any_sde, eta, p
         times = any_sde.t_from_log_snr(torch.linspace(-7, 6, steps + 1, dtype=torch.float64))
         c = EulerMaruyama(eta).prepare(any_sde, times)
         x0, eps = model.predict(torch.ones(steps, dtype=torch.float64), c["t"])
-        k = 1 + (c["data_rate"] * x0 + c["noise_rate"] * eps) * c["dt"]
+        k = 1 + c["data"] * x0 + c["noise"] * eps
         exact = any_sde.alpha(times).square() * variance + any_sde.sigma(times).square()
         v = float(exact[0])
         for factor, std in zip(k.tolist(), c["std"].tolist(), strict=True):
@@ -56,9 +56,24 @@ def test_without_noise_it_is_eulers_method_on_the_ode(any_sde, pointwise):
         return sd.sample(model, 8, solver=solver, x_start=x, t_end=end, dtype=torch.float64, **options).samples
 
     exact = solve("ode", rtol=1e-10, atol=1e-10)
-    errors = [float((solve("em", eta=0.0, steps=n) - exact).square().mean().sqrt()) for n in (400, 800)]
+    errors = [float((solve("euler", steps=n) - exact).square().mean().sqrt()) for n in (400, 800)]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.2)
-    assert torch.equal(solve("em", eta=0.0, steps=5, seed=1), solve("em", eta=0.0, steps=5, seed=2))
+    assert torch.equal(solve("em", eta=0.0, steps=5, seed=1), solve("euler", steps=5, seed=2))
+
+
+def test_a_step_of_euler_is_along_the_velocity(any_sde, pointwise):
+    model, t, s = pointwise(any_sde), 0.6 * any_sde.t_max, 0.55 * any_sde.t_max
+    x = any_sde.prior_std * torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    out = sd.sample(model, 4, solver="euler", grid=[t, s], x_start=x, dtype=torch.float64)
+    torch.testing.assert_close(out.samples, x + model.velocity(x, t) * (s - t), rtol=1e-10, atol=1e-10)
+
+
+def test_it_is_stochastic_unless_it_has_no_noise():
+    assert EulerMaruyama().is_stochastic
+    assert EulerMaruyama(lambda t: 0.1 * t).is_stochastic
+    assert not EulerMaruyama(0.0).is_stochastic
+    assert not Euler().is_stochastic
+    assert EulerMaruyama().convergence_order == Euler().convergence_order == 1
 
 
 @pytest.mark.parametrize("eta", [-0.5, math.nan, math.inf])
