@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 WORKERS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow lint format peers clean
 
 demo: $(INSTALLED)
 	$(PYTHON) examples/demo.py
@@ -25,6 +25,10 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# What the benchmarks compare with; no test needs them.
+peers: $(INSTALLED)
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev,peers]'
 
 # torch first and on its own, at its exact version: a range could bring another build, and with it gigabytes.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
