@@ -90,6 +90,9 @@ def picture(name: str, counted: dict[int, Row], fitted: dict[int, Row], nfe: int
     right.plot(numbers, [fitted[n].distance for n in numbers], "o-", label="unseen")
     right.plot(numbers, [fitted[n].median for n in numbers], "o:", label="unseen, median")
     right.set(xscale="log", yscale="log", xlabel="trajectories", title=f"{nfe} evaluations")
+    left.set_xticks(evaluations)
+    right.set_xticks(numbers, labels=[str(number) for number in numbers])
+    right.minorticks_off()
     for axis in (left, right):
         axis.legend()
     figure.tight_layout()

@@ -267,7 +267,10 @@ class Pair:
 
 
 _HALF = "theirs has half of the last term of third order; twice it makes them equal"
-_FIRST_STEPS = "ours starts by Runge-Kutta steps, or by lower orders; theirs by the first step taken twice"
+_FIRST_STEPS = (
+    "ours starts by Runge-Kutta steps or lower orders; theirs takes its first step twice, and is one state late"
+)
+_HALF_SLOPE = "theirs goes to two thirds by half a slope; its exact share makes them equal"
 _PARTS = "parts of a step are where the grid's times are; ours are equal in log-SNR"
 
 SAME_NAME = [
@@ -283,7 +286,7 @@ SAME_NAME = [
     Pair("pndm", {"warmup": "multistep"}, "diffusers PNDM", cause=_FIRST_STEPS),
     Pair("dpmpp_2s", {}, "k-diffusion dpmpp_2s"),
     Pair("dpmpp_2s", {}, "diffusers DPM++2S full", every=2, cause=_PARTS),
-    Pair("dpmpp_3s", {}, "diffusers DPM++3S full", every=3, cause=f"half the slope for its exact share; {_PARTS}"),
+    Pair("dpmpp_3s", {}, "diffusers DPM++3S full", every=3, cause=f"{_HALF_SLOPE}; {_PARTS}"),
     Pair("dpmpp_2m", {"lower_order_final": False}, "k-diffusion dpmpp_2m"),
     Pair("dpmpp_2m", {}, "diffusers DPM++2M"),
     Pair("dpmpp_3m", {}, "diffusers DPM++3M", cause=_HALF),

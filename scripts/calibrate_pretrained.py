@@ -23,10 +23,11 @@ def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nfe", type=int, nargs="+", default=[5, 10, 20])
-    parser.add_argument("--trajectories", type=int, default=32)
-    parser.add_argument("--validation", type=int, default=16)
+    parser.add_argument("--trajectories", type=int, default=48)
+    parser.add_argument("--validation", type=int, default=24)
     parser.add_argument("--starts", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=12)
+    parser.add_argument("--probes", type=int, default=3)
     parser.add_argument("--output", default="sde_diffusion/pretrained/fashion_mnist")
     arguments = parser.parse_args()
     model = sd.load(sd.pretrained("fashion_mnist"))
@@ -40,7 +41,7 @@ def main() -> None:
             validation=arguments.validation,
             starts=arguments.starts,
             iterations=arguments.iterations,
-            probes=1,
+            probes=arguments.probes,
             callback=lambda i, fitted, held_out: print(
                 f"{i:3d}  fitted {fitted:.4f}  held out {held_out:.4f}", flush=True
             ),

@@ -25,7 +25,7 @@ DEIS takes these shares; DPM-Solver++ takes them but at order 2, where with the 
 
 UniPC predicts x_s like this, and once D_s is known, with which the next step begins, takes the polynomial through that
 too: one evaluation a step, and one order more. Its sums of two terms are B(h)/2 (D_j − D_t)/r_j for the slope, r_j the
-place of time j in steps from t, with B(h) = h ("bh1") or 1 − e^{−h} ("bh2").
+place of time j in steps from t, with B(h) = h ("bh1") or, of data, 1 − e^{−h} ("bh2").
 
 Sources: Zhang & Chen 2022 (arXiv:2204.13902), section 3; Lu et al. 2022 (arXiv:2211.01095), section 4 and appendix B,
 for DPM-Solver++(2M); Zhao et al. 2023 (arXiv:2302.04867), section 3.
@@ -248,23 +248,24 @@ class DPMSolver3M(_DPMSolverPlusPlus):
 
 
 class UniPC(Multistep):
-    """Unified predictor-corrector of data prediction: order p + 1, deterministic, one evaluation a step.
+    """Unified predictor-corrector: order p + 1, deterministic, one evaluation a step.
 
     The states that it hands on are its predictions of them; the correction is part of the next step.
     """
 
-    def __init__(self, order: int = 2, variant: str = "bh2", lower_order_final: bool = True):
-        """Choose order and B(h).
+    def __init__(self, order: int = 2, variant: str = "bh2", form: str = "data", lower_order_final: bool = True):
+        """Choose order, B(h) and form.
 
         Args:
-            order: p of the predictor, 1 to 3; the corrected state has one more.
+            order: p of the predictor, 1 to 4; the corrected state has one more.
             variant: "bh1" or "bh2".
+            form: "data", "noise" or "velocity"; the published one is of data.
             lower_order_final: as for DPM-Solver++, the corrector with the predictor.
 
         Raises:
             ValueError: for any other.
         """
-        super().__init__("data", order, range(1, 4), lower_order_final)
+        super().__init__(form, order, range(1, 5), lower_order_final)
         if variant not in ("bh1", "bh2"):
             raise ValueError(f"variant = {variant!r}: must be one of bh1, bh2")
         self.variant = variant
@@ -295,8 +296,9 @@ class UniPC(Multistep):
         """w_j; of two times with B(h), of which ``present`` is t."""
         shares = lagrange_shares(form, nodes, used)
         two = used.sum(1) == 2
-        step = form.variable.diff()
-        slope = 0.5 * (step / -torch.expm1(-step) if self.variant == "bh1" else torch.ones_like(step))
+        step = form.rate * form.variable.diff()
+        # In a form without an exponential B(h) is h.
+        slope = 0.5 * (step / -torch.expm1(-step) if self.variant == "bh1" and form.rate else torch.ones_like(step))
         if nodes.shape[1] > 1:
             shares[two, :2] = slope_shares(form, nodes[:, :2], slope, present)[two]
         return shares

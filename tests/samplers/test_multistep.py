@@ -20,7 +20,10 @@ DATA_PREDICTION = [
     ("dpmpp_3m", {}, 3),
     *[("unipc", {"order": p, "variant": variant}, p + 1) for p in (1, 2, 3) for variant in ("bh1", "bh2")],
 ]
-ALL = DATA_PREDICTION + [("deis", {"form": f, "order": p}, p) for f in ("noise", "velocity") for p in (1, 2, 3, 4)]
+NOISE_PREDICTION = [("deis", {"form": "noise", "order": p}, p) for p in (1, 2, 3, 4)]
+OTHERS = [("deis", {"form": "velocity", "order": p}, p) for p in (1, 2, 3, 4)]
+OTHERS += [("unipc", {"order": p, "form": form}, p + 1) for p in (1, 2) for form in ("noise", "velocity")]
+ALL = DATA_PREDICTION + NOISE_PREDICTION + OTHERS
 DEFAULTS: list[tuple[str, dict, int]] = [("deis", {}, 3), ("unipc", {}, 3)]
 
 
@@ -180,9 +183,7 @@ def test_2m_is_the_published():
 
 
 @pytest.mark.parametrize("sde", [VP, sd.EDMSDE(), sd.FlowSDE()], ids=["vp", "edm", "flow"])
-@pytest.mark.parametrize(
-    ("solver", "options", "order"), [row for row in ALL if row[1].get("form") != "velocity"], ids=str
-)
+@pytest.mark.parametrize(("solver", "options", "order"), DATA_PREDICTION + NOISE_PREDICTION, ids=str)
 def test_the_step_to_no_noise_is_the_data_predicted(sde, solver, options, order, pointwise):
     asked = []
 
@@ -242,7 +243,8 @@ def test_the_last_of_few_steps_is_ddims(two_modes):
         ("deis", {"order": 5}, "order = 5: must be one of 1, 2, 3, 4"),
         ("deis", {"form": "angle"}, "form = 'angle': must be one of data, noise, velocity"),
         ("deis", {"order": 2.0}, "order = 2.0: solver 'deis' takes a int"),
-        ("unipc", {"order": 4}, "order = 4: must be one of 1, 2, 3"),
+        ("unipc", {"order": 5}, "order = 5: must be one of 1, 2, 3, 4"),
+        ("unipc", {"form": "flow"}, "form = 'flow': must be one of data, noise, velocity"),
         ("unipc", {"variant": "bh3"}, "variant = 'bh3': must be one of bh1, bh2"),
         ("dpmpp_2m", {"order": 3}, "order: solver 'dpmpp_2m' takes lower_order_final"),
         ("dpmpp_2s", {"order": 3}, "order: solver 'dpmpp_2s' takes no options"),
