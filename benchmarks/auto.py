@@ -203,7 +203,10 @@ def print_target(errors: dict[str, Errors], case: str, counts: tuple[int, ...]) 
 def print_rules(samples: int, counts: tuple[int, ...]) -> None:
     """Candidates for the rules on the mixtures that they are drawn from."""
     cases = training(samples)
-    solvers = {"DEIS": (DEIS, (3, 4)), "corrected": (CORRECTED_DEIS, (2, 3, 4))}
+    solvers: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
+        "DEIS": (DEIS, (3, 4)),
+        "corrected": (CORRECTED_DEIS, (2, 3, 4)),
+    }
     grids = sorted({(2.0, 0.25, 0.0), *((rule.sharpness, rule.power, rule.centre) for rule in RULES)})
     print(f"\nGeometric mean of the errors on {len(cases)} mixtures:\n")
     print(f"| solver | d, p, c | {' | '.join(map(str, counts))} |\n|---|---|{'---|' * len(counts)}")

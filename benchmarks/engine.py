@@ -47,7 +47,8 @@ def run(
     waits = waits_per_step(model, solver)
     print(f"{solver}, {nfe} evaluations, {batches} batches of {size} images; waits a step: {waits:g}\n")
     print("| compile | first batch, s | steady rate, images/s |\n|---|---|---|")
-    for backend in (False, *backends):
+    every: tuple[bool | str, ...] = (False, *backends)
+    for backend in every:
         first, *others = batch_seconds(model, backend, solver, nfe, size, batches)
         print(f"| {backend or 'no'} | {first:.2f} | {size * len(others) / sum(others):.1f} |", flush=True)
 

@@ -46,10 +46,10 @@ def ours(x: Tensor) -> dict[str, tuple[Run, int]]:
     """A run of each solver, and its network calls."""
     model = sd.DiffusionModel(hand_back, sd.VPSDE(), "eps", data_shape=x.shape[1:])
     times = time_grid(model.sde, "log_snr", model.sde.t_max, model.sde.t_min, STEPS)
-    runs = {}
+    runs: dict[str, tuple[Run, int]] = {}
     for name in SOLVERS_TIMED:
         solver = SOLVERS[name]()
-        problem = Problem(model.sde, Predict(model), times, _Given(x))  # type: ignore[arg-type]
+        problem = Problem(model.sde, Predict(model), times, _Given(x))
         runs[name] = (partial(solver.solve, problem, x), STEPS * (solver.evaluations_per_step() or 1))
     return runs
 
@@ -60,7 +60,7 @@ def diffusers_runs(x: Tensor) -> dict[str, tuple[Run, int]]:
     from diffusers.schedulers import scheduling_ddpm
 
     noise = torch.randn_like(x)
-    scheduling_ddpm.randn_tensor = lambda *arguments, **options: noise  # type: ignore[assignment]
+    scheduling_ddpm.randn_tensor = lambda *arguments, **options: noise
 
     def run(scheduler: Any) -> None:
         # A schedule counts its steps: it is set anew for every run.
@@ -82,9 +82,9 @@ def diffusers_runs(x: Tensor) -> dict[str, tuple[Run, int]]:
 
 def k_diffusion_runs(x: Tensor) -> dict[str, tuple[Run, int]]:
     """The same of k-diffusion."""
-    from peers import _sampling_alone
+    from peers import k_diffusion_sampling
 
-    sampling = _sampling_alone()
+    sampling = k_diffusion_sampling()
     sigmas = torch.linspace(5.0, -5.0, STEPS + 1).exp()
     noise = torch.randn_like(x)
     given = {"noise_sampler": lambda *levels: noise}
@@ -106,7 +106,7 @@ def azula_runs(x: Tensor) -> dict[str, tuple[Run, int]]:
     from azula.denoise import Denoiser, DiracPosterior
     from azula.noise import VPSchedule
 
-    class HandBack(Denoiser):  # type: ignore[misc]
+    class HandBack(Denoiser):
         def __init__(self) -> None:
             super().__init__()
             self.schedule = VPSchedule()
@@ -155,8 +155,8 @@ def run(repeats: int = 7) -> None:
         x = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            runs = {(name, package): timed for package, make in found.items() for name, timed in make(x).items()}
-        best = fastest(runs, repeats)
+            timed = {(name, package): one for package, make in found.items() for name, one in make(x).items()}
+        best = fastest(timed, repeats)
         for name in SOLVERS_TIMED:
             times = [1e6 * best[name, package] for package in found]
             ratio = f"{times[0] / min(times[1:]):.2f}" if len(times) > 1 else ""

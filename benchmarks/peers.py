@@ -19,6 +19,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -133,7 +134,7 @@ def _azula() -> list[Sampler]:
 
 
 def _k_diffusion() -> list[Sampler]:
-    sampling = _sampling_alone()
+    sampling = k_diffusion_sampling()
 
     def sampler(function: Callable[..., Tensor], **options: Any) -> Run:
         def run(model: sd.Model, x: Tensor, times: list[float]) -> Tensor:
@@ -162,7 +163,8 @@ def _k_diffusion() -> list[Sampler]:
     ]
 
 
-def _sampling_alone() -> Any:
+@cache
+def k_diffusion_sampling() -> Any:
     """The module of k-diffusion's samplers without the rest of the package, which wants much that they do not.
 
     It imports CLIP, which is not to be had without an old setuptools; and torchvision, whose import fails where it was

@@ -1,55 +1,47 @@
-"""Error of the deterministic solvers at few evaluations: python benchmarks/solvers.py.
+"""All that is measured of the solvers: make peers; SDE_DIFFUSION_DATA=FOLDER python benchmarks/solvers.py [TABLE ...].
 
-Root mean square distance to the end point of the same probability-flow ODE, solved at 1e-10, of the VP SDE from t = 1
-to 1e-3, for the two benchmark mixtures in float64: every solver on every grid at 10, 20 and 50 evaluations.
+Each table is a module beside this one, with its own options; without names all of them run, for some hours on one
+thread. They print markdown and draw the pictures of docs/solvers.md. What times anything wants an idle machine.
 """
 
 import argparse
-from typing import Any
+import time
+from collections.abc import Callable
 
-import torch
-from mixtures import ring, rotated
+import adaptive
+import auto
+import calibrated
+import deterministic
+import engine
+import image_solvers
+import orders
+import overhead
+import peers
+import stochastic
 
-import sde_diffusion as sd
-from sde_diffusion.ode import ProbabilityFlow
-from sde_diffusion.samplers.grids import GRIDS
-
-T_END = 1e-3
-SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("ddim", {}),
-    "heun": ("heun", {}),
-    "dpmpp_2s": ("dpmpp_2s", {}),
-    "dpmpp_2m": ("dpmpp_2m", {}),
-    "dpmpp_3m": ("dpmpp_3m", {}),
-    "unipc, order 2": ("unipc", {"order": 2}),
-    "unipc, order 3": ("unipc", {"order": 3}),
-    "deis, order 2": ("deis", {"order": 2}),
-    "deis, order 3": ("deis", {"order": 3}),
-    "deis, order 4": ("deis", {"order": 4}),
+TABLES: dict[str, Callable[[], None]] = {
+    "orders": orders.run,
+    "peers": peers.run,
+    "deterministic": deterministic.run,
+    "auto": auto.run,
+    "calibrated": calibrated.run,
+    "stochastic": stochastic.run,
+    "adaptive": adaptive.run,
+    "overhead": overhead.run,
+    "engine": engine.run,
+    "images": image_solvers.run,
 }
 
 
 def main() -> None:
-    """Print a table for each mixture."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--nfe", type=int, nargs="+", default=[10, 20, 50])
-    arguments = parser.parse_args()
-    for name, distribution, count in (("2-D", ring(), 4096), ("64-D", rotated(64), 512)):
-        model = distribution.under(sd.VPSDE())
-        generator = torch.Generator().manual_seed(7)
-        x = torch.randn(count, *model.data_shape, generator=generator, dtype=torch.float64)
-        exact = ProbabilityFlow(model.sde, model.predict).solve(
-            x, [1.0, T_END], method="dopri8", rtol=1e-10, atol=1e-10
-        )
-        print(f"\n| {name} |", " | ".join(f"{grid} {nfe}" for grid in GRIDS for nfe in arguments.nfe), "|")
-        print("|---" * (1 + len(GRIDS) * len(arguments.nfe)) + "|")
-        for label, (solver, options) in SOLVERS.items():
-            errors = []
-            for grid in GRIDS:
-                for nfe in arguments.nfe:
-                    out = sd.sample(model, count, solver=solver, nfe=nfe, grid=grid, x_start=x, t_end=T_END, **options)
-                    errors.append(f"{float((out.samples - exact).square().mean().sqrt()):.2g}")
-            print(f"| {label} |", " | ".join(errors), "|", flush=True)
+    """Print the tables that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", choices=[*TABLES, []], metavar="TABLE", help=", ".join(TABLES))
+    for name in parser.parse_args().tables or TABLES:
+        started = time.perf_counter()
+        print(f"\n## {name}\n", flush=True)
+        TABLES[name]()
+        print(f"\n{name}: {time.perf_counter() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,18 +17,17 @@ import argparse
 import importlib
 import importlib.util
 import math
-import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import matplotlib
 import torch
 from family import T_END, T_START, rotated_target
 from mixtures import ring
+from peers import k_diffusion_sampling
 from torch import Tensor
 
 import sde_diffusion as sd
@@ -106,16 +105,18 @@ def run(
     points: int = POINTS,
     names: Sequence[str] = ("2-D", "64-D"),
     solvers: Sequence[str] = ("",),
-) -> dict[str, dict[Candidate, dict[int, float]]]:
-    """Print the tables of the solvers with one of ``solvers`` in their names; errors by target, candidate and count."""
+    image: Path = IMAGE,
+) -> None:
+    """Print the tables of the solvers with one of ``solvers`` in their names, and draw the figure."""
     candidates = [one for one in OURS + _peers() if any(part in one.name for part in solvers)]
     with torch.no_grad():
         targets = [target for target in _targets() if target.name in names]
-        return {target.name: _table(target, candidates, evaluations, points) for target in targets}
+        results = {target.name: _table(target, candidates, evaluations, points) for target in targets}
+    _draw(results, points, image)
 
 
 def main() -> None:
-    """Print the tables and draw the figure."""
+    """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--evaluations", type=int, nargs="+", default=list(EVALUATIONS))
     parser.add_argument("--points", type=int, default=POINTS)
@@ -124,8 +125,7 @@ def main() -> None:
     parser.add_argument("--image", type=Path, default=IMAGE)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    results = run(arguments.evaluations, arguments.points, arguments.targets, arguments.solvers)
-    _draw(results, arguments.points, arguments.image)
+    run(arguments.evaluations, arguments.points, arguments.targets, arguments.solvers, arguments.image)
 
 
 # Targets.
@@ -203,11 +203,11 @@ OURS = [
 def _peers() -> list[Candidate]:
     """Those that can be imported; a line for each that cannot."""
     found = []
-    for name, candidates in (("k-diffusion", _k_diffusion), ("azula", _azula), ("diffusers", _diffusers)):
-        try:
+    for package, candidates in (("k_diffusion", _k_diffusion), ("azula", _azula), ("diffusers", _diffusers)):
+        if importlib.util.find_spec(package) is None:
+            print(f"{package} is not installed: left out", flush=True)
+        else:
             found += candidates()
-        except Exception as error:
-            print(f"{name} is left out: {type(error).__name__}: {error}")
     return found
 
 
@@ -223,7 +223,7 @@ def _peer(name: str, solve: Callable[[ExactModel, list[float], Tensor], Tensor],
 
 
 def _k_diffusion() -> list[Candidate]:
-    sampling = _module_alone("k_diffusion", "sampling", ("torchvision", "torchvision.transforms"))
+    sampling = k_diffusion_sampling()
 
     def solve(sampler: str) -> Callable[[ExactModel, list[float], Tensor], Tensor]:
         def with_model(model: ExactModel, times: list[float], x: Tensor) -> Tensor:
@@ -251,22 +251,6 @@ def _k_diffusion() -> list[Candidate]:
         _peer("k-diffusion euler_ancestral", solve("euler_ancestral")),
         _peer("k-diffusion dpmpp_2s_ancestral", solve("dpmpp_2s_ancestral"), evaluations_per_step=2),
     ]
-
-
-def _module_alone(package: str, module: str, unused: tuple[str, ...]) -> types.ModuleType:
-    """One module without its package's own imports, nor those that it names but does not use here."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.submodule_search_locations is None:
-        raise ModuleNotFoundError(f"No module named {package!r}")
-    bare = types.ModuleType(package)
-    bare.__path__ = list(spec.submodule_search_locations)
-    stubs: dict[str, Any] = {package: bare} | {name: MagicMock() for name in unused if name not in sys.modules}
-    sys.modules.update(stubs)
-    try:
-        return importlib.import_module(f"{package}.{module}")
-    finally:
-        for name in stubs:
-            del sys.modules[name]
 
 
 def _azula() -> list[Candidate]:
