@@ -9,7 +9,7 @@ import argparse
 import importlib.util
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,13 +32,14 @@ def hand_back(x: Tensor, t: Tensor) -> Tensor:
     return x
 
 
-class _Given:
+class _Given(Streams):
     """Streams of a noise that is there already."""
 
     def __init__(self, x: Tensor):
+        super().__init__(0, [])
         self.noise = torch.randn_like(x)[:, None]
 
-    def normal(self, shape: Any, dtype: Any = None) -> Tensor:
+    def normal(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         return self.noise
 
 

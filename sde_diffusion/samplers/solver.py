@@ -21,25 +21,32 @@ Noise = Callable[[], Tensor]
 Time = Tensor | SimpleNamespace
 
 
+class _Calls:
+    """How often a model was called."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+
 class Predict:
     """A model with its conditioning bound, and its calls counted."""
 
     def __init__(self, model: Model, cond: Mapping[str, Any] | None = None):
         """Bind them; tensors in ``cond`` are as long as the batch."""
-        self.model, self.cond, self.nfe = model, dict(cond or {}), 0
-        # Calls for some samples of the batch alone: which, and the child that counted them.
-        self._parts: list[tuple[Tensor, Predict]] = []
+        self.model, self.cond, self.calls = model, dict(cond or {}), _Calls()
+        # Those for some samples of the batch alone.
+        self._parts: list[tuple[Tensor, _Calls]] = []
 
     def __call__(self, x: Tensor, t: Time) -> Prediction:
         """x̂₀ and ε̂."""
-        self.nfe += 1
+        self.calls.number += 1
         if isinstance(t, Tensor):
             return self.model.predict(x, t, **self.cond)
         return self.model.predict_at(x, t, **self.cond)
 
     def combine(self, x: Tensor, t: SimpleNamespace, data: float, noise: float) -> Tensor:
         """data x̂₀ + noise ε̂, in fewer operations than from the pair; a factor of 0 leaves its term out."""
-        self.nfe += 1
+        self.calls.number += 1
         return self.model.combine_at(x, t, data, noise, **self.cond)
 
     def at(self, times: Tensor, x: Tensor, numbers: Callable[[Tensor], Any]) -> list[SimpleNamespace]:
@@ -63,14 +70,14 @@ class Predict:
             for name, value in self.cond.items()
         }
         part = Predict(self.model, cond)
-        self._parts.append((indices, part))
+        self._parts.append((indices, part.calls))
         return part
 
     def nfe_per_sample(self, size: int) -> Tensor:
         """Calls that each sample of a batch went through, (size,)."""
-        counts = torch.full((size,), self.nfe)
-        for indices, part in self._parts:
-            counts.index_add_(0, indices.cpu(), part.nfe_per_sample(len(indices)))
+        counts = torch.full((size,), self.calls.number)
+        for indices, calls in self._parts:
+            counts[indices.cpu()] += calls.number
         return counts
 
 
@@ -229,7 +236,7 @@ class StepSolver(Solver):
         def step(predict: Predict, x: Tensor, c: SimpleNamespace, noise: Noise) -> Tensor:
             draws = [noise() for _ in range(self.draws_per_step)]
             x, calls = advance(predict.model, predict.cond, x, c, draws)
-            predict.nfe += calls
+            predict.calls.number += calls
             return x
 
         return step
@@ -238,4 +245,4 @@ class StepSolver(Solver):
         self, model: Model, cond: dict[str, Any], x: Tensor, c: SimpleNamespace, draws: list[Tensor]
     ) -> tuple[Tensor, int]:
         predict, last_first = Predict(model, cond), draws[::-1]
-        return self.step(predict, x, c, last_first.pop), predict.nfe
+        return self.step(predict, x, c, last_first.pop), predict.calls.number
