@@ -7,6 +7,7 @@ from torch import nn
 
 import sde_diffusion as sd
 from sde_diffusion.networks import UNet
+from sde_diffusion.samplers.auto import choose
 from sde_diffusion.samplers.grids import time_grid
 from sde_diffusion.samplers.registry import SOLVERS
 from sde_diffusion.samplers.solver import Predict, Problem
@@ -553,3 +554,31 @@ def test_the_angle_is_the_grid_where_the_log_snr_is_infinite(two_modes):
     model = two_modes().distribution.under(sd.FlowSDE())
     times = sd.sample(model, 2, solver="ddim", steps=3, t_start=1.0).times
     assert times == time_grid(model.sde, "angle", 1.0, model.sde.t_min, 3)
+
+
+# Which solver it is.
+
+
+def test_by_default_the_solver_is_chosen_for_the_evaluations(counting, pointwise):
+    model = counting(pointwise(sd.VPSDE()))
+    out = sd.sample(model, 3, nfe=9, dtype=torch.float64)
+    assert out.nfe == model.calls == 9
+    chosen = sd.sample(model.model, 3, solver=choose(model.sde, 9), dtype=torch.float64)
+    assert torch.equal(out.samples, chosen.samples)
+    assert torch.equal(sd.sample(model.model, 3, steps=9, dtype=torch.float64).samples, chosen.samples)
+
+
+def test_by_default_a_tolerance_is_met_without_a_number_of_evaluations(pointwise):
+    model = pointwise(sd.VPSDE())
+    for options in ({}, {"rtol": 1e-6, "atol": 1e-6}):
+        expected = sd.sample(model, 3, solver="ode", **options)
+        assert torch.equal(sd.sample(model, 3, **options).samples, expected.samples)
+
+
+def test_a_chosen_solver_takes_the_grid_that_is_given(pointwise):
+    model, solver = pointwise(sd.VPSDE()), choose(sd.VPSDE(), 4)
+    solver.times = None
+    times = [1.0, 0.7, 0.4, 0.2, 0.1]
+    expected = sd.sample(model, 3, solver=solver, grid=times).samples
+    assert torch.equal(sd.sample(model, 3, grid=times).samples, expected)
+    assert sd.sample(model, 3, nfe=4, grid="t").times == time_grid(model.sde, "t", model.sde.t_max, model.sde.t_min, 4)
