@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,10 +122,11 @@ def sample(
         ValueError: naming the argument that is wrong, its value and what is allowed.
         SolverError: if an adaptive solver cannot go on, or the model is not finite; names the time and the sample.
     """
-    _check_counts(nfe, steps)
-    method = _solver(solver, solver_options, model, nfe or steps, grid, t_start, t_end)
+    wanted = _Wanted(nfe, steps, grid, t_start, t_end)
+    wanted.check()
+    method = _solver(solver, solver_options, model, wanted)
     method.check_model(model)
-    times = _grid(model, method, nfe, steps, grid, t_start, t_end, x_start is not None, trajectory)
+    times = _grid(model, method, wanted, x_start is not None, trajectory)
     if denoise:
         model.check_time("t_end", times[-1])
     if n < 1 or (batch_size is not None and batch_size < 1):
@@ -273,24 +274,34 @@ class _Checked(Wrapped):
         return prediction
 
 
-def _check_counts(nfe: int | None, steps: int | None) -> None:
-    if steps is not None and nfe is not None:
-        raise ValueError(f"steps = {steps} and nfe = {nfe}: give one of them")
-    for name, number in (("steps", steps), ("nfe", nfe)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name} = {number}: must be at least 1")
+class _Wanted(NamedTuple):
+    """Steps and times that the user asks for."""
+
+    nfe: int | None
+    steps: int | None
+    grid: str | Sequence[float] | None
+    t_start: float | None
+    t_end: float | None
+
+    def check(self) -> None:
+        if self.steps is not None and self.nfe is not None:
+            raise ValueError(f"steps = {self.steps} and nfe = {self.nfe}: give one of them")
+        for name, number in (("steps", self.steps), ("nfe", self.nfe)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} = {number}: must be at least 1")
+        given_times = self.grid is not None and not isinstance(self.grid, str)
+        if given_times and not (self.steps is self.nfe is self.t_start is self.t_end is None):
+            raise ValueError("grid is given as times: steps, nfe, t_start and t_end cannot be given too")
 
 
 def _solver(
     solver: str | os.PathLike[str] | Solver,
     options: dict[str, Any],
     model: Model,
-    nfe: int | None,
-    grid: str | Sequence[float] | None,
-    t_start: float | None,
-    t_end: float | None,
+    wanted: _Wanted,
 ) -> Solver:
     """The solver that is meant, for a model and a number of evaluations."""
+    nfe, grid = wanted.nfe or wanted.steps, wanted.grid
     if isinstance(solver, Solver):
         if options:
             raise ValueError(f"{', '.join(options)}: a solver that is given whole takes no options")
@@ -299,7 +310,7 @@ def _solver(
         check_options("auto", choose, options)
         if grid is not None and not isinstance(grid, str):
             nfe = len(grid) - 1
-        chosen = choose(model.sde, nfe, t_start, t_end, **options)
+        chosen = choose(model.sde, nfe, wanted.t_start, wanted.t_end, **options)
         if grid is not None:
             chosen.times = None
         return chosen
@@ -344,22 +355,11 @@ def _prior_std(sde: SDE, start: float) -> float:
     return sde.prior_std if start <= sde.t_max else float(sde.sigma(torch.tensor(start, dtype=torch.float64)))
 
 
-def _grid(
-    model: Model,
-    solver: Solver,
-    nfe: int | None,
-    steps: int | None,
-    grid: str | Sequence[float] | None,
-    t_start: float | None,
-    t_end: float | None,
-    has_start: bool,
-    trajectory: bool,
-) -> list[float]:
+def _grid(model: Model, solver: Solver, wanted: _Wanted, has_start: bool, trajectory: bool) -> list[float]:
     if solver.times is not None:
-        _check_own_times(solver, nfe, steps, grid, t_start, t_end)
-        grid, nfe, steps, t_start, t_end = solver.times, None, None, None, None
-    if grid is not None and not isinstance(grid, str) and not (steps is nfe is t_start is t_end is None):
-        raise ValueError("grid is given as times: steps, nfe, t_start and t_end cannot be given too")
+        _check_own_times(solver.times, wanted)
+        wanted = _Wanted(None, None, solver.times, None, None)
+    nfe, steps, grid, t_start, t_end = wanted
     sde = model.sde
     start = sde.t_max if t_start is None else sde.check_time("t_start", t_start)
     end = sde.t_min if t_end is None else sde.check_time("t_end", t_end)
@@ -382,18 +382,9 @@ def _grid(
     return times
 
 
-def _check_own_times(
-    solver: Solver,
-    nfe: int | None,
-    steps: int | None,
-    grid: str | Sequence[float] | None,
-    t_start: float | None,
-    t_end: float | None,
-) -> None:
-    """Raise a ValueError that names an argument which a solver with times of its own contradicts."""
-    own = solver.times or []
-    wanted = {"nfe": nfe, "steps": steps, "t_start": t_start, "t_end": t_end, "grid": grid}
-    has = {"nfe": len(own) - 1, "steps": len(own) - 1, "t_start": own[0], "t_end": own[-1], "grid": own}
-    for name, value in wanted.items():
-        if value is not None and value != has[name]:
-            raise ValueError(f"{name} = {value}: this solver is made for {name} = {has[name]}")
+def _check_own_times(times: list[float], wanted: _Wanted) -> None:
+    """Raise a ValueError that names what a solver of these times contradicts."""
+    has = _Wanted(len(times) - 1, len(times) - 1, times, times[0], times[-1])
+    for name, value, own in zip(_Wanted._fields, wanted, has, strict=True):
+        if value is not None and value != own:
+            raise ValueError(f"{name} = {value}: this solver is made for {name} = {own}")
