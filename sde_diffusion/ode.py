@@ -31,7 +31,7 @@ from torch import Tensor
 
 from sde_diffusion import runge_kutta
 from sde_diffusion.runge_kutta import SolverError, check_arguments
-from sde_diffusion.sde import SDE, expand_to
+from sde_diffusion.sde import SDE, expand_to, row_by_row
 
 PER_SAMPLE_METHODS = (runge_kutta.NAME,)
 ADAPTIVE_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
@@ -44,9 +44,6 @@ _FEWEST_STEPS = 8
 # The order that torchdiffeq takes by default, 12, is past what these methods are stable for.
 _ADAMS_ORDER = 5
 
-
-# How many numbers of float64 the vectorised loops of a CPU take at once, at the most.
-_VECTOR = 16
 
 Predictor = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Velocity = Callable[[Tensor], Tensor]
@@ -133,10 +130,7 @@ class ProbabilityFlow:
 
     def _velocity(self, predict: Predictor, angle: Tensor, dtype: torch.dtype) -> Velocity:
         """y (B, ...) -> dy/dθ at an angle, () or (B,) in float64."""
-        log_snr = -2 * torch.log(torch.tan(angle))
-        # Some functions round a loop's last, incomplete vector in their own way. With as many copies as a vector holds,
-        # no time depends on its place in the batch.
-        t = self.sde.t_from_log_snr(log_snr[..., None].repeat_interleave(_VECTOR, dim=-1))[..., 0]
+        (t,) = row_by_row(lambda log_snr: (self.sde.t_from_log_snr(log_snr),), -2 * torch.log(torch.tan(angle)))
         norm = torch.sqrt(self.sde.alpha(t).square() + self.sde.sigma(t).square())
         cos, sin, scale, t = (value.to(dtype) for value in (torch.cos(angle), torch.sin(angle), norm, t))
 

@@ -90,20 +90,24 @@ class _Samples(NamedTuple):
     log_error: Tensor
 
 
+def rms_of_rows(values: Tensor) -> Tensor:
+    """Root mean squares (B,) in float64 of values (B, ...), to the same bits in any batch."""
+    squares = values.reshape(len(values), -1).square()
+    size = squares.shape[1]
+    # A reduction of torch's own may add in another order in a batch of another size.
+    while squares.shape[1] > 1:
+        left, right = pad(squares, (0, squares.shape[1] % 2)).chunk(2, dim=1)
+        squares = left + right
+    return torch.sqrt(squares[:, 0].double() / size)
+
+
 class _Tolerance(NamedTuple):
     rtol: float
     atol: float
 
     def ratio(self, error: Tensor, x: Tensor, x_next: Tensor) -> Tensor:
         """RMS of each sample's error (B', ...) in units of what is tolerated; (B',), in float64."""
-        error = error / (self.atol + self.rtol * torch.maximum(x.abs(), x_next.abs()))
-        squares = error.reshape(len(error), -1).square()
-        size = squares.shape[1]
-        # A reduction of torch's own may add in another order in a batch of another size.
-        while squares.shape[1] > 1:
-            left, right = pad(squares, (0, squares.shape[1] % 2)).chunk(2, dim=1)
-            squares = left + right
-        return torch.sqrt(squares[:, 0].double() / size)
+        return rms_of_rows(error / (self.atol + self.rtol * torch.maximum(x.abs(), x_next.abs())))
 
 
 def solve(
@@ -183,7 +187,7 @@ def _start(slope: Slope, x: Tensor, grid: Sequence[float], tolerance: _Tolerance
     # The short step is a guess, and may have been too long for v to be finite at its end.
     change = (tolerance.ratio(second - first, x, x) / short).nan_to_num(nan=0.0, posinf=0.0)
     fastest = torch.maximum(rate, change)
-    step = torch.where(fastest <= 1e-15, (1e-3 * short).clamp(min=1e-6), _power(0.01 / fastest, 1 / 5))
+    step = torch.where(fastest <= 1e-15, (1e-3 * short).clamp(min=1e-6), power(0.01 / fastest, 1 / 5))
     step = direction * torch.minimum(step, 100 * short).clamp(max=length)
     return _Samples(torch.arange(len(x), device=x.device), x, s, first, step, torch.zeros_like(s))
 
@@ -240,7 +244,7 @@ def _weighted_sum(weights: Sequence[Fraction], stages: list[Tensor]) -> Tensor:
     return total
 
 
-def _power(x: Tensor, exponent: float) -> Tensor:
+def power(x: Tensor, exponent: float) -> Tensor:
     """x^exponent by functions of one argument: torch's own power may round by where in a batch a number is."""
     return torch.exp(exponent * torch.log(x))
 

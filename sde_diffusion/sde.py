@@ -44,6 +44,19 @@ def expand_to(coefficient: Tensor, x: Tensor) -> Tensor:
     return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - 1)) if coefficient.ndim else coefficient
 
 
+# How many numbers of float64 the vectorised loops of a CPU take at once, at the most.
+_VECTOR = 16
+
+
+def row_by_row(function: Callable[[Tensor], tuple[Tensor, ...]], values: Tensor) -> tuple[Tensor, ...]:
+    """Functions of values () or (B,), to the same bits wherever in a batch a value stands.
+
+    Some of torch's functions round a loop's last, incomplete vector in their own way. With as many copies as a vector
+    holds, none is incomplete.
+    """
+    return tuple(result[..., 0] for result in function(values[..., None].repeat_interleave(_VECTOR, dim=-1)))
+
+
 class SDE:
     """A diffusion given by its marginals; a subclass need define only ``alpha`` and ``sigma``.
 
@@ -284,10 +297,15 @@ def drift_in_log_noise(
         u: () or (B,), in float64.
         eta: as in ``ReverseSDE``; 0 for the probability-flow ODE.
     """
-    t, dt_du = sde.time_change(u)
-    data_rate, noise_rate = (expand_to((rate * dt_du).to(x.dtype), x) for rate in sde.reverse_rates(t, eta))
-    x0, eps = predict(x, t.to(x.dtype))
-    return data_rate * x0 + noise_rate * eps
+
+    def rates(u: Tensor) -> tuple[Tensor, ...]:
+        t, dt_du = sde.time_change(u)
+        data_rate, noise_rate = sde.reverse_rates(t, eta)
+        return t, data_rate * dt_du, noise_rate * dt_du
+
+    t, data_rate, noise_rate = (value.to(x.dtype) for value in row_by_row(rates, u))
+    x0, eps = predict(x, t)
+    return expand_to(data_rate, x) * x0 + expand_to(noise_rate, x) * eps
 
 
 class _LinearBeta(SDE):

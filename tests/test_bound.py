@@ -372,7 +372,7 @@ def test_distortion_falls_as_the_rate_rises(ring):
         ({"steps": 2.5}, "steps = 2.5"),
         ({"steps": math.nan}, "steps = nan"),
         ({"steps": math.inf}, "steps = inf: give terms"),
-        ({"grid": "cosine"}, "grid = 'cosine': must be one of log_snr, angle, t"),
+        ({"grid": "cosine"}, "grid = 'cosine': must be one of log_snr, exponential, angle, t"),
         ({"grid": [1.0, 0.5], "steps": 3}, "grid is given as times"),
         ({"grid": [0.5, 1.0]}, "needs at least two strictly decreasing times"),
         ({"grid": [1.0, 0.0]}, "no noise there"),

@@ -94,6 +94,9 @@ class Comparison:
             model, 2, solver=self.solver, grid=grid, x_start=x, seed=SEED, trajectory=True, dtype=dtype, **options
         )
         self.states = run.trajectory
+        alpha = model.sde.alpha(torch.tensor(grid, dtype=torch.float64))
+        # What a rounding error of x becomes in a step that divides by a small α, in whichever order it is done.
+        self.rounding = 8 * torch.finfo(dtype).eps * float((alpha[1:] / alpha[:-1]).max() * x.abs().max())
         draw = StepNoise(Streams(SEED, range(2)), SHAPE, dtype)
         self.noise = [draw() for _ in self.timesteps]
 
@@ -117,7 +120,7 @@ class Comparison:
         for i, x in enumerate(states[:-1]):
             steps.append(self.peer_step(monkeypatch, i, x))
             run.append(self.peer_step(monkeypatch, i, run[-1]))
-        one_step, whole_run = ONE_STEP[states.dtype], WHOLE_RUN[states.dtype]
+        one_step, whole_run = ONE_STEP[states.dtype] + self.rounding, WHOLE_RUN[states.dtype] + 2 * self.rounding
         torch.testing.assert_close(states[1:], torch.stack(steps), rtol=one_step, atol=one_step)
         torch.testing.assert_close(states, torch.stack(run), rtol=whole_run, atol=whole_run)
 

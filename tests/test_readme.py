@@ -13,7 +13,7 @@ def test_snippets_run(capsys):
     names: dict = {}
     exec("\n".join(snippets), names)
     shape, approximate_and_exact = capsys.readouterr().out.splitlines()
-    assert shape.startswith("torch.Size([4, 1, 28, 28]) 20 ")
+    assert shape.startswith("torch.Size([4, 1, 28, 28]) 10 ")
     approximate, exact = (float(number) for number in re.findall(r"tensor\((-?[\d.]+)\)", approximate_and_exact))
     # Eight probes an example over 1000 examples of a density of two dimensions.
     error = float(names["ll"].std_error.square().sum().sqrt()) / 1000

@@ -33,10 +33,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sde_diffusion.ode import SolverError
+from sde_diffusion.runge_kutta import SolverError, power, rms_of_rows
 from sde_diffusion.samplers.noise import StepNoise
 from sde_diffusion.samplers.solver import Predict, Problem, Solver
-from sde_diffusion.sde import SDE, drift_in_log_noise, expand_to, non_negative
+from sde_diffusion.sde import SDE, drift_in_log_noise, expand_to, non_negative, row_by_row
 
 # Of the whole way.
 _FIRST_STEP = 0.01
@@ -134,8 +134,8 @@ class AdaptiveSDE(Solver):
 
         def move(x: Tensor, s: Tensor) -> Tensor:
             u = -s.to(x.device)
-            std = self.eta * math.sqrt(2) * sde.sigma(sde.t_from_log_snr(-2 * u))
-            step, std = (expand_to(factor.to(x), x) for factor in (start - end, std))
+            (sigma,) = row_by_row(lambda u: (sde.sigma(sde.t_from_log_snr(-2 * u)),), u)
+            step, std = (expand_to(factor.to(x), x) for factor in (start - end, self.eta * math.sqrt(2) * sigma))
             return step * drift_in_log_noise(sde, predict, x, u, self.eta) + std * increment
 
         first = move(x, start)
@@ -144,13 +144,15 @@ class AdaptiveSDE(Solver):
     def _error(self, euler: Tensor, improved: Tensor, before: Tensor) -> Tensor:
         """E (B',), on the host."""
         tolerance = (self.rtol * torch.maximum(euler.abs(), before.abs())).clamp(min=self.atol)
-        return ((euler - improved) / tolerance).flatten(1).square().mean(1).sqrt().to("cpu", torch.float64)
+        return rms_of_rows((euler - improved) / tolerance).cpu()
 
     def _next_step(self, h: Tensor, start: Tensor, end: Tensor, error: Tensor) -> Tensor:
         """h (B',) after an attempt with it, or with less, for a stop or a known point."""
-        factor = (self.safety * error.pow(-self.exponent)).clamp(1 / _LARGEST_CHANGE, _LARGEST_CHANGE)
+        factor = (self.safety * power(error, -self.exponent)).clamp(1 / _LARGEST_CHANGE, _LARGEST_CHANGE)
         # That a step cut short is accepted says nothing of the whole one.
-        return torch.where((error <= 1) & (end < start + h), h, factor * (end - start))
+        h = torch.where((error <= 1) & (end < start + h), h, factor * (end - start))
+        # Where x̂₀ is constant x goes to it at the rate 1 + η²: a longer step of Euler's overshoots.
+        return h.clamp(max=1 / (1 + self.eta**2))
 
     def _check(self, sde: SDE, rows: Tensor, start: Tensor, end: Tensor, error: Tensor, attempts: int) -> None:
         """Raise a SolverError for the first of the samples that cannot go on."""

@@ -40,7 +40,7 @@ def attempts(monkeypatch):
         ({"eta": 0.5, "rtol": 0.05, "atol": 0.02}, 0.2),
         ({"eta": 1.5, "rtol": 0.1, "atol": 0.05}, 0.2),
         # The steps leap to and fro.
-        ({"eta": 0.5, "rtol": 0.05, "atol": 0.02, "exponent": 8.0, "safety": 0.99}, 0.4),
+        ({"eta": 0.5, "rtol": 0.05, "atol": 0.02, "exponent": 8.0, "safety": 0.99}, 0.3),
     ],
     ids=str,
 )

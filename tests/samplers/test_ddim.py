@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import sde_diffusion as sd
 from sde_diffusion.samplers.ddim import DDIM, DDPM
-from sde_diffusion.sde import SDES
+from sde_diffusion.sde import SDES, expand_to
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -124,7 +124,8 @@ class Constant(sd.Model):
 
     def predict(self, x, t):
         eps = self.constant.expand_as(x)
-        return sd.Prediction((x - self.sde.sigma(t) * eps) / self.sde.alpha(t), eps)
+        alpha, sigma = expand_to(self.sde.alpha(t), x), expand_to(self.sde.sigma(t), x)
+        return sd.Prediction((x - sigma * eps) / alpha, eps)
 
 
 @pytest.mark.parametrize("name", SDES)

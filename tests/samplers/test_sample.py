@@ -174,7 +174,10 @@ def test_an_exact_mixture_gives_the_same_sample_in_any_batch_to_rounding(solver,
     torch.testing.assert_close(draw(model, 12, solver, batch_size=7, **options), whole, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("solver", "options"), BY_ROW, ids=str)
+SLOW_BY_ROW = [pytest.param(*row, marks=pytest.mark.slow) if row[0] == "adaptive_sde" else row for row in BY_ROW]
+
+
+@pytest.mark.parametrize(("solver", "options"), SLOW_BY_ROW, ids=str)
 def test_a_network_gives_the_same_sample_in_any_batch_to_rounding(solver, options):
     torch.manual_seed(0)
     network = UNet((1, 4, 4), base_channels=4, channel_multipliers=(1, 2), attention_resolutions=(2,))
@@ -457,7 +460,7 @@ def test_every_solver_is_listed():
         ({"solver": "heun", "eta": 1.0}, "eta: solver 'heun' takes no options; eta is for em, ddim, torchsde"),
         ({"solver": "auto", "eta": 1.0}, "eta: solver 'auto' takes rtol, atol; eta is for em, ddim, torchsde"),
         ({"solver": "ode", "tol": 1.0}, "tol: solver 'ode' takes method, rtol, atol"),
-        ({"grid": "log-snr"}, "grid = 'log-snr': must be one of log_snr, angle, t"),
+        ({"grid": "log-snr"}, "grid = 'log-snr': must be one of log_snr, exponential, angle, t"),
         ({"grid": [0.2, 0.5]}, r"grid = \[0.2, 0.5\]: needs at least two strictly decreasing times"),
         ({"grid": [1.2, 0.5]}, r"grid = 1.2 is outside the range \[0, 1.0\]"),
         ({"grid": [1.0, 0.5], "steps": 3}, "grid is given as times: steps, nfe, t_start and t_end"),
@@ -530,7 +533,7 @@ def test_a_flow_starts_where_no_data_are_left(solver, two_modes, deviations):
 
 def test_an_infinite_noise_level_is_an_error(two_modes):
     model = two_modes().distribution.under(sd.FlowSDE())
-    with pytest.raises(ValueError, match=r"the coefficient 'noise_rate' is not finite at t = 1\.0: stay within"):
+    with pytest.raises(ValueError, match=r"the coefficient 'noise' is not finite at t = 1\.0: stay within"):
         sd.sample(model, 2, solver="em", t_start=1.0)
     with pytest.raises(ValueError, match=r"t_start = 1\.0: the log-SNR is infinite there"):
         sd.sample(model, 2, solver="torchsde", t_start=1.0)
