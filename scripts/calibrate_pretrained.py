@@ -23,8 +23,9 @@ def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nfe", type=int, nargs="+", default=[5, 10, 20])
-    parser.add_argument("--trajectories", type=int, default=48)
-    parser.add_argument("--validation", type=int, default=24)
+    parser.add_argument(
+        "--trajectories", type=int, help="by default as many as fewer evaluations allow: 480/nfe, or 48"
+    )
     parser.add_argument("--starts", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=12)
     parser.add_argument("--probes", type=int, default=3)
@@ -34,11 +35,12 @@ def main() -> None:
     Path(arguments.output).mkdir(parents=True, exist_ok=True)
     for nfe in arguments.nfe:
         started = time.perf_counter()
+        trajectories = arguments.trajectories or max(48, 480 // nfe)
         solver = calibrate(
             model,
             nfe,
-            trajectories=arguments.trajectories,
-            validation=arguments.validation,
+            trajectories=trajectories,
+            validation=trajectories // 2,
             starts=arguments.starts,
             iterations=arguments.iterations,
             probes=arguments.probes,
