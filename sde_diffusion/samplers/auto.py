@@ -9,18 +9,25 @@ which is e^{pd (u − c)} where there is little noise, so that steps in u grow t
 there is much. (d, p, c) = (2, ¼, 0) is √t of the VP SDE with linear β, the "quadratic" grid of DDIM; other d and p move
 steps between the start, where the order is still low, and the middle, where modes part.
 
-| from | solver                                               | d   | p    | c   |
-|------|------------------------------------------------------|-----|------|-----|
-| 1    | DEIS of order 2, each state corrected as UniPC's are | 3   | 0.16 | 0.2 |
-| 8    | DEIS of order 4                                      | 2.4 | 0.21 | 0.1 |
-| 11   | DEIS of order 3, each state corrected as UniPC's are | 4   | 0.12 | 0.4 |
-| 14   | DEIS of order 4, each state corrected as UniPC's are | 4   | 0.12 | 0.4 |
+| from | data of | solver                                               | d   | p    | c   |
+|------|---------|------------------------------------------------------|-----|------|-----|
+| 1    |         | DEIS of order 2, each state corrected as UniPC's are | 3   | 0.16 | 0.2 |
+| 8    |         | DEIS of order 4                                      | 2.4 | 0.21 | 0.1 |
+| 11   |         | DEIS of order 3, each state corrected as UniPC's are | 4   | 0.12 | 0.4 |
+| 1    | images  | DEIS of order 2, each state corrected as UniPC's are | 3   | 0.25 | 0.2 |
+| 8    | images  | DEIS of order 2, each state corrected as UniPC's are | 2   | 0.35 | 0.5 |
+| 14   |         | DEIS of order 4, each state corrected as UniPC's are | 4   | 0.12 | 0.4 |
 
-They were chosen for the geometric mean of the end-point errors on 48 Gaussian mixtures of 2 to 64 dimensions
+The last row that applies is taken. Images are data of 256 dimensions or more: much of them is settled while there is
+still much noise, and few steps are better spent there.
+
+The others were chosen for the geometric mean of the end-point errors on 48 Gaussian mixtures of 2 to 64 dimensions
 (``python benchmarks/auto.py --rules``); but from 8 to 10 evaluations, where the corrector gains on that mean by
 mixtures of one or few broad modes alone, for those of many narrow ones. What they come to on other mixtures, beside
 everything else that could be chosen, is printed by ``python benchmarks/auto.py``. u is that of data of about unit
-variance. The model is not probed first: of so few evaluations two more are worth more than a better grid.
+variance. Those for images were chosen among a few on the model that ships with the package, on which they are measured
+too (``python benchmarks/image_solvers.py``). The model is not probed first: of so few evaluations two more are worth
+more than a better grid.
 
 With a tolerance in place of a number it is the adaptive solver of ``ode``.
 
@@ -45,6 +52,8 @@ from sde_diffusion.sde import SDE
 
 # |u| that stands for infinity, where all is noise or all data: the weaker is a thousandth of the stronger.
 _FAR = math.log(1e3)
+# Numbers in the smallest image.
+_IMAGE = 256
 
 
 # DEIS with UniPC's corrector.
@@ -61,6 +70,7 @@ class Rule:
         sharpness: d.
         power: p.
         centre: c.
+        dimensions: of data that it holds for, at the least.
     """
 
     fewest: int
@@ -68,6 +78,7 @@ class Rule:
     sharpness: float
     power: float
     centre: float
+    dimensions: int = 1
 
     def times(self, sde: SDE, start: float, end: float, steps: int) -> list[float]:
         """Decreasing times, ``steps`` + 1 of them, from ``start`` to ``end`` exactly, equal in w between them."""
@@ -86,6 +97,8 @@ RULES = (
     Rule(1, partial(CORRECTED_DEIS, order=2), sharpness=3.0, power=0.16, centre=0.2),
     Rule(8, partial(DEIS, order=4), sharpness=2.4, power=0.21, centre=0.1),
     Rule(11, partial(CORRECTED_DEIS, order=3), sharpness=4.0, power=0.12, centre=0.4),
+    Rule(1, partial(CORRECTED_DEIS, order=2), sharpness=3.0, power=0.25, centre=0.2, dimensions=_IMAGE),
+    Rule(8, partial(CORRECTED_DEIS, order=2), sharpness=2.0, power=0.35, centre=0.5, dimensions=_IMAGE),
     Rule(14, partial(CORRECTED_DEIS, order=4), sharpness=4.0, power=0.12, centre=0.4),
 )
 
@@ -95,6 +108,7 @@ def choose(
     nfe: int | None = None,
     start: float | None = None,
     end: float | None = None,
+    dimensions: int | None = None,
     rtol: float = 1e-4,
     atol: float = 1e-4,
 ) -> Solver:
@@ -107,6 +121,7 @@ def choose(
         nfe: evaluations of the model, as many as there are steps; None to meet the tolerances instead.
         start: the first time; t_max by default.
         end: the last; t_min by default.
+        dimensions: of the data; few by default.
         rtol: relative tolerance of the adaptive solver.
         atol: its absolute tolerance.
 
@@ -121,7 +136,7 @@ def choose(
     end = sde.t_min if end is None else sde.check_time("t_end", end)
     if not start > end:
         raise ValueError(f"t_start = {start}, t_end = {end}: t_start must be the larger")
-    rule = [rule for rule in RULES if rule.fewest <= nfe][-1]
+    rule = [rule for rule in RULES if rule.fewest <= nfe and rule.dimensions <= (dimensions or 1)][-1]
     solver = rule.solver()
     solver.times = rule.times(sde, start, end, nfe)
     return solver

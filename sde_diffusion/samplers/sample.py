@@ -310,7 +310,7 @@ def _solver(
         check_options("auto", choose, options)
         if grid is not None and not isinstance(grid, str):
             nfe = len(grid) - 1
-        chosen = choose(model.sde, nfe, wanted.t_start, wanted.t_end, **options)
+        chosen = choose(model.sde, nfe, wanted.t_start, wanted.t_end, math.prod(model.data_shape), **options)
         if grid is not None:
             chosen.times = None
         return chosen

@@ -76,7 +76,7 @@ def test_infinite_log_snr_at_both_ends(mixture, nfe):
     assert bool(out.samples.isfinite().all())
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: str(rule.fewest))
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.fewest}-{rule.dimensions}")
 def test_rule_is_one_for_all_sdes(rule):
     """Between the same noise levels, the times are of the same noise levels."""
     levels = [2.0, -3.0]
@@ -157,3 +157,21 @@ def test_bad_arguments(arguments, words):
     """Are named."""
     with pytest.raises(ValueError, match=words):
         choose(sd.VPSDE(), *arguments)
+
+
+@pytest.mark.parametrize("nfe", [1, 5, 10, 13])
+def test_images_have_rules_of_their_own_in_few_steps(nfe):
+    sde = sd.VPSDE()
+    few, image = choose(sde, nfe), choose(sde, nfe, dimensions=28 * 28)
+    assert choose(sde, nfe, dimensions=64).times == few.times
+    if nfe > 1:
+        # More of the steps are where there is noise.
+        assert image.times[-2] > few.times[-2]
+    assert choose(sde, 14, dimensions=28 * 28).times == choose(sde, 14).times
+
+
+def test_sample_tells_the_rules_the_size_of_the_data(pointwise):
+    model = pointwise(sd.VPSDE())
+    assert sd.sample(model, 2, nfe=5).times == choose(model.sde, 5, dimensions=3).times
+    model.data_shape = (16, 16)
+    assert sd.sample(model, 2, nfe=5).times == choose(model.sde, 5, dimensions=256).times
