@@ -8,7 +8,7 @@ The model that ships with the package, from the same 2,000 starts by each solver
 
 ddim, dpmpp_2m and unipc are each given the grid of the smallest distance over the first 64 starts. FOLDER holds the
 whole data set; without it the reference is the slice in the package, and the Fréchet distances are others. Solved
-images are kept in --cache, so that a run that was stopped goes on. The picture shows eight images by each solver.
+images are kept in --cache, so that a run that was stopped goes on. The picture shows eight images by each solver at 5.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def best_grid(solved: Solved, solver: str, options: dict[str, Any], nfe: int, ex
 
 def picture(rows: dict[str, Tensor], output: Path) -> None:
     """Eight images a row."""
-    figure, axes = plt.subplots(len(rows), 8, figsize=(8, 1.05 * len(rows)), squeeze=False)
+    figure, axes = plt.subplots(len(rows), 8, figsize=(8, 0.95 * len(rows)), squeeze=False)
     for (name, images), line in zip(rows.items(), axes, strict=True):
         for image, axis in zip(images, line, strict=False):
             axis.imshow(image[0], cmap="gray", vmin=-1, vmax=1)
@@ -88,7 +88,7 @@ def picture(rows: dict[str, Tensor], output: Path) -> None:
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=7)
     figure.tight_layout(pad=0.3)
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
+    figure.savefig(output, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -122,7 +122,8 @@ def run(
             sets[name, "its own"] = solved.images(count, solver=solver, nfe=nfe, **options)
         for (name, grid), images in sets.items():
             row(nfe, name, grid, images, best)
-            shown[f"{name}, {nfe}"] = images
+            if nfe == COUNTS[0]:
+                shown[f"{name}, {nfe}"] = images
     picture({name: images[:8] for name, images in shown.items()}, Path(output))
     print(f"\nwrote {output}")
 
