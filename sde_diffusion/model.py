@@ -444,14 +444,17 @@ class DiffusionModel(nn.Module, Model):
         return {name: gain[:, 0] for name, gain in gains.items()}
 
     def _run(self, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
-        parameter = next(self.parameters(), x)
+        dtype = next(self.parameters(), x).dtype
+        # A call that converts nothing still costs as much as a small operation.
+        given = x if x.dtype == dtype else x.to(dtype)
         # Eight bits would not tell neighbouring times apart.
-        time_dtype = torch.promote_types(parameter.dtype, torch.float32)
-        output = self.network(x.to(parameter.dtype), t.to(time_dtype).expand(len(x)), **cond)
+        time_dtype = dtype if dtype.itemsize >= 4 else torch.float32
+        t = t if t.dtype == time_dtype else t.to(time_dtype)
+        output = self.network(given, t.expand(len(x)), **cond)
         shape = (len(x), 2 * x.shape[1], *x.shape[2:]) if self.learned_variance else x.shape
         if output.shape != shape:
             raise ValueError(f"network returned shape {tuple(output.shape)}: must be {tuple(shape)}")
-        return output.to(x.dtype)
+        return output if output.dtype == x.dtype else output.to(x.dtype)
 
 
 def slice_cond(

@@ -202,12 +202,23 @@ class StepSolver(Solver):
             problem.observe(i, x)
         return x
 
+    # The rows of the batch before, and the model, grid and kind of state that they are for.
+    _last: tuple[Model, list[float], tuple[Any, ...], list[dict[str, Any]]] | None = None
+
     def rows(self, problem: Problem, x: Tensor) -> list[dict[str, Any]]:
-        """The coefficients of each step in turn.
+        """The coefficients of each step in turn, computed once for all batches of a run.
 
         Raises:
             ValueError: if one is not finite.
         """
+        kind = (x.dtype, x.device, problem.compile is None)
+        if self._last is None or not (
+            self._last[0] is problem.predict.model and self._last[1] is problem.grid and self._last[2] == kind
+        ):
+            self._last = (problem.predict.model, problem.grid, kind, self._rows(problem, x))
+        return self._last[3]
+
+    def _rows(self, problem: Problem, x: Tensor) -> list[dict[str, Any]]:
         times = torch.tensor(problem.grid, dtype=torch.float64)
         columns = self.prepare(problem.sde, times)
         for name, values in columns.items():
