@@ -25,7 +25,7 @@ The others were chosen for the geometric mean of the end-point errors on 48 Gaus
 (``python benchmarks/auto.py --rules``); but from 8 to 10 evaluations, where the corrector gains on that mean by
 mixtures of one or few broad modes alone, for those of many narrow ones. What they come to on other mixtures, beside
 everything else that could be chosen, is printed by ``python benchmarks/auto.py``. u is that of data of about unit
-variance. Those for images were chosen among a few on the model that ships with the package, on which they are measured
+variance. Those for images were chosen among twenty on the model that ships with the package, on which they are measured
 too (``python benchmarks/image_solvers.py``). The model is not probed first: of so few evaluations two more are worth
 more than a better grid.
 
