@@ -125,7 +125,8 @@ def sample(
     wanted = _Wanted(nfe, steps, grid, t_start, t_end)
     wanted.check()
     method = _solver(solver, solver_options, model, wanted)
-    method.check_model(model)
+    guided = guidance(model) if guidance else model
+    method.check_model(guided)
     times = _grid(model, method, wanted, x_start is not None, trajectory)
     if denoise:
         model.check_time("t_end", times[-1])
@@ -136,7 +137,6 @@ def sample(
         check_finite("x_start", x_start)
         if len(x_start) != n:
             raise ValueError(f"x_start holds {len(x_start)} states: must hold n = {n}")
-    guided = guidance(model) if guidance else model
     run = _Run(
         guided if threshold is None else Thresholded(guided, threshold),
         method,

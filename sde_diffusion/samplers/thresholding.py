@@ -36,9 +36,13 @@ class Thresholded(Wrapped):
             ValueError: for any other.
         """
         super().__init__(model)
-        quantile = {"static": None, "dynamic": _QUANTILE}.get(threshold, threshold)  # type: ignore[arg-type]
-        if isinstance(quantile, str) or (quantile is not None and not 0 < quantile < 1):
-            raise ValueError(f"threshold = {threshold!r}: must be 'static', 'dynamic' or a quantile in (0, 1)")
+        quantile: float | None = None
+        if threshold != "static":
+            if threshold == "dynamic":
+                threshold = _QUANTILE
+            if isinstance(threshold, str) or not 0 < threshold < 1:
+                raise ValueError(f"threshold = {threshold!r}: must be 'static', 'dynamic' or a quantile in (0, 1)")
+            quantile = threshold
         self.quantile = quantile
         self.centre, self.half = (self.data.high + self.data.low) / 2, (self.data.high - self.data.low) / 2
 

@@ -317,3 +317,12 @@ def test_one_graph(model, solver, backend):
     plain, graph = (sd.sample(model, 4, solver=solver, compile=compile).samples for compile in (False, backend))
     # Coefficients are tensors of the state's dtype in a graph.
     assert torch.allclose(plain, graph, atol=1e-5)
+
+
+def test_a_solver_for_a_guided_model_is_checked_with_its_guidance(model, mixture, solver):
+    other = sd.GaussianMixture(mixture.means * 1.2, 0.04 * torch.eye(2, dtype=torch.float64).expand(5, 2, 2))
+    other_model = other.under(sd.VPSDE())
+    drawn = sd.sample(other_model, 3, solver=solver, guidance=lambda _: model, seed=5)
+    assert torch.equal(drawn.samples, sd.sample(model, 3, solver=solver, seed=5).samples)
+    with pytest.raises(CalibratedError, match="is for another model"):
+        sd.sample(model, 3, solver=solver, guidance=lambda _: other_model)
