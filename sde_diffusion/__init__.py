@@ -3,10 +3,12 @@
 from sde_diffusion.bound import Bound, RateDistortion, rate_distortion, variational_bound
 from sde_diffusion.chain import BETAS, ChainSDE, GaussianChain, zero_terminal_snr
 from sde_diffusion.data import DataInfo
+from sde_diffusion.density_ratio import LogDensityRatio, log_density_ratio
 from sde_diffusion.exact import Empirical, Gaussian, GaussianMixture
 from sde_diffusion.general import BetaSDE, LogSNRSDE, MarginalSDE, RateSDE
 from sde_diffusion.latent import Progression, decode, encode, interpolate, progressive, slerp
 from sde_diffusion.likelihood import BitsPerDim, LogLikelihood, bits_per_dim, log_likelihood
+from sde_diffusion.maximum_likelihood import differentiable_log_likelihood
 from sde_diffusion.model import DiffusionModel, Model, Prediction, VariancePrediction
 from sde_diffusion.ode import SolverError
 from sde_diffusion.samplers import Calibrated, Samples, SolverInfo, calibrate, sample, solvers
@@ -47,6 +49,7 @@ __all__ = [
     "Gaussian",
     "GaussianChain",
     "GaussianMixture",
+    "LogDensityRatio",
     "LogLikelihood",
     "LogSNRSDE",
     "MarginalSDE",
@@ -66,10 +69,12 @@ __all__ = [
     "calibrate",
     "decode",
     "default_config",
+    "differentiable_log_likelihood",
     "encode",
     "interpolate",
     "load",
     "load_config_file",
+    "log_density_ratio",
     "log_likelihood",
     "pretrained",
     "progressive",

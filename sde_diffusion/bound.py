@@ -151,11 +151,12 @@ def variational_bound(
     cond: Mapping[str, Any] | None = None,
     batch_size: int | None = None,
     seed: int = 0,
+    indices: Sequence[int] | None = None,
 ) -> Bound:
     """Bound −log p(x₀) under the chain of a model: of codes, if ``model.data.bits`` is set, or of continuous data.
 
-    Example i's noise comes from stream i of the seed, whatever the batch size. An evaluation of all terms takes T
-    calls of the model a repeat. DDPM's chain is that of ``steps=1000, grid="t", t_min=sde.t_max / 1000``.
+    Example j's noise comes from stream indices[j] of the seed, whatever the batch size. An evaluation of all terms
+    takes T calls of the model a repeat. DDPM's chain is that of ``steps=1000, grid="t", t_min=sde.t_max / 1000``.
 
     Args:
         model: a trained or exact model.
@@ -173,6 +174,8 @@ def variational_bound(
         cond: keyword arguments for the model; tensors of length B are cut into batches.
         batch_size: examples evaluated together; all by default.
         seed: of the noise, the strata and the dequantisation.
+        indices: of the streams, B numbers, so that a part of a data set draws what it does in the whole; 0…B − 1 by
+            default.
 
     Raises:
         ValueError: naming the argument that is wrong, its value and what is allowed.
@@ -180,6 +183,9 @@ def variational_bound(
     for name, number in (("terms", terms), ("repeats", repeats), ("batch_size", batch_size)):
         if number is not None and number < 1:
             raise ValueError(f"{name} = {number}: must be at least 1")
+    indices = range(len(images)) if indices is None else indices
+    if len(indices) != len(images):
+        raise ValueError(f"indices has length {len(indices)}: must be {len(images)}, one for each example")
     coding = _coding(model, images, codes)
     times = _times(model.sde, coding.bin_width, steps, grid, t_min, terms)
     for t in (times[0], times[-1]):
@@ -188,10 +194,10 @@ def variational_bound(
     batch_size, started, batches = batch_size or len(images), time.perf_counter(), []
     with evaluating(model):
         for first in range(0, len(images), batch_size):
-            indices = range(first, min(len(images), first + batch_size))
-            streams = Streams(seed, indices, model.device)
-            batch = images[first : indices.stop].to(model.device)
-            predict = partial(model.predict, **slice_cond(cond, len(images), indices, model.device))
+            place = range(first, min(len(images), first + batch_size))
+            streams = Streams(seed, indices[first : place.stop], model.device)
+            batch = images[first : place.stop].to(model.device)
+            predict = partial(model.predict, **slice_cond(cond, len(images), place, model.device))
             estimates = [_estimate(predict, path, coding, batch, streams) for _ in range(repeats)]
             batches.append([torch.stack(parts) for parts in zip(*estimates, strict=True)])
     prior, transitions, decoder, squared_error = (torch.cat(parts, 1) for parts in zip(*batches, strict=True))

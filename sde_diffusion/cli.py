@@ -5,13 +5,19 @@
     python -m sde_diffusion likelihood --workdir=runs/demo --count=64
     python -m sde_diffusion bound --workdir=runs/demo --count=64 --steps=1000 --terms=64
 
-All but train use the model that ships with the package when no --workdir is given.
+All but train use the model that ships with the package when no --workdir is given. likelihood and bound evaluate the
+whole split without --count, go on where they were interrupted, and under torchrun share the examples:
+
+    torchrun --nproc-per-node=8 -m sde_diffusion likelihood --workdir=runs/demo --split=test
 """
 
 from __future__ import annotations
 
 import ast
 import difflib
+import hashlib
+import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,16 +27,19 @@ import torch
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sde_diffusion.bound import CODES, variational_bound
-from sde_diffusion.data import load_dataset
+from sde_diffusion import __version__
+from sde_diffusion.bound import CODES
+from sde_diffusion.data import DATASETS, load_dataset
+from sde_diffusion.data.datasets import SPLITS
 from sde_diffusion.data.pictures import save_picture
-from sde_diffusion.likelihood import PROBES, TRACES, bits_per_dim, log_likelihood
+from sde_diffusion.evaluation import DatasetResult, Measure, bound_measure, evaluate_dataset, likelihood_measure
+from sde_diffusion.likelihood import METHODS, PROBES, TRACES
 from sde_diffusion.model import DiffusionModel
 from sde_diffusion.ode import SolverError
 from sde_diffusion.samplers import sample, solvers
 from sde_diffusion.samplers.grids import GRIDS
 from sde_diffusion.training import ConfigError, TrainingError, load, train
-from sde_diffusion.training.checkpoint import pretrained, read_description
+from sde_diffusion.training.checkpoint import newest_checkpoint, pretrained, read_description
 from sde_diffusion.training.config import NAMED, choose, choose_device, flatten, load_config_file, resolve_config
 
 Define = Callable[[flags.FlagValues], None]
@@ -56,8 +65,8 @@ def main(arguments: Sequence[str]) -> int:
     except (flags.Error, ValueError, SolverError, TrainingError, OSError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        is_training = command == "train"
-        return _fail("interrupted" + "; the same command goes on from the last checkpoint" * is_training)
+        goes_on = f"; the same command goes on {_GOES_ON[command]}" if command in _GOES_ON else ""
+        return _fail(f"interrupted{goes_on}")
     return 0
 
 
@@ -183,7 +192,7 @@ def _define_sample(values: flags.FlagValues) -> None:
 
 
 def _sample(values: flags.FlagValues, config: ConfigDict | None) -> None:
-    model, _ = _model(values, config)
+    model, _, _ = _model(values, config)
     classes = getattr(model.network, "classes", 0)
     if values.label is not None and not 0 <= values.label < classes:
         raise ConfigError(f"--label={values.label}: the model has {classes} classes, from 0")
@@ -215,59 +224,130 @@ def _sample(values: flags.FlagValues, config: ConfigDict | None) -> None:
 
 
 def _define_evaluation(values: flags.FlagValues) -> None:
-    flags.DEFINE_enum("split", "test", ["train", "test"], "examples to evaluate", flag_values=values)
-    flags.DEFINE_integer("count", 64, "number of examples, the first of the split", flag_values=values)
+    flags.DEFINE_string("dataset", None, f"{', '.join(DATASETS)}; by default that of the run", flag_values=values)
+    flags.DEFINE_multi_string("option", [], "NAME=VALUE of the data set, such as path=FOLDER", flag_values=values)
+    flags.DEFINE_enum("split", "test", list(SPLITS), "examples to evaluate", flag_values=values)
+    flags.DEFINE_integer("count", None, "only the first so many; by default the whole split", flag_values=values)
+    flags.DEFINE_string(
+        "output",
+        None,
+        "directory of the results, in which an interrupted evaluation goes on; by default COMMAND_SPLIT in the run's, "
+        "or in outputs/ without one",
+        flag_values=values,
+    )
     flags.DEFINE_string("device", "auto", "where to compute", flag_values=values)
     flags.DEFINE_integer("batch_size", 64, "examples evaluated together", flag_values=values)
     flags.DEFINE_integer("seed", 0, "seed", flag_values=values)
 
 
-def _examples(values: flags.FlagValues, section: dict[str, Any]) -> torch.Tensor:
-    """The examples asked for, as the data set holds them."""
-    if section["name"] == "custom":
-        raise ConfigError("the run was trained on a data set of the user's own; evaluate it from Python")
-    if values.count < 1:
-        raise ConfigError(f"--count={values.count}: must be at least 1")
-    dataset: Any = load_dataset(split=values.split, **section)
-    items = [dataset[i] for i in range(min(values.count, len(dataset)))]
-    return torch.stack([item if isinstance(item, torch.Tensor) else item[0] for item in items])
+class _Evaluation:
+    """A model, a data set and a directory as the flags have them, for one of torchrun's ranks or the only one."""
+
+    def __init__(self, command: str, values: flags.FlagValues, config: ConfigDict | None):
+        self.values = values
+        self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if "LOCAL_RANK" in os.environ and torch.accelerator.is_available():
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
+        self.model, section, path = _model(values, config)
+        self.dataset, data = self._load(section)
+        self.settings = {
+            "version": __version__,
+            "model": _checksum(path),
+            "data": data,
+            "split": values.split,
+            # Another kind of device draws other random numbers.
+            "device": self.model.device.type,
+        }
+        parent = path if path.is_dir() else Path("outputs")
+        self.directory = Path(values.output or parent / f"{command}_{values.split}")
+
+    def _load(self, section: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The data set asked for, and its name and options but where it is: the same data elsewhere are the same."""
+        name = self.values.dataset or section["name"]
+        if name == "custom":
+            raise ConfigError("the run was trained on a data set of the user's own: give --dataset, or use Python")
+        if name not in DATASETS:
+            raise ConfigError(f"--dataset={name}: must be one of {', '.join(DATASETS)}")
+        options = dict(section, name=name) if name == section["name"] else {"name": name}
+        options |= dict(_option(text) for text in self.values.option)
+        dataset, model = load_dataset(split=self.values.split, **options), self.model
+        if (tuple(dataset.data_shape), dataset.data) != (tuple(model.data_shape), model.data):
+            raise ConfigError(
+                f"--dataset={name}: its examples have shape {tuple(dataset.data_shape)} and {dataset.data}; "
+                f"the model's {tuple(model.data_shape)} and {model.data}"
+            )
+        return dataset, {key: value for key, value in options.items() if key != "path"}
+
+    def run(self, measure: Callable[..., Measure], options: dict[str, Any], folder: str = "") -> DatasetResult | None:
+        """The result of this measure with these options, in a folder of the directory; None if other ranks go on."""
+        settings = {name: "inf" if value == math.inf else value for name, value in options.items()}
+        result = evaluate_dataset(
+            measure(self.model, **options),
+            self.dataset,
+            self.directory / folder,
+            settings={**self.settings, "measure": measure.__name__, "options": settings},
+            count=self.values.count,
+            batch_size=self.values.batch_size,
+            rank=self.rank,
+            ranks=self.ranks,
+        )
+        if result is None:
+            share = range(len(self.dataset))[: self.values.count][self.rank :: self.ranks]
+            print(f"rank {self.rank} of {self.ranks}: its {len(share)} examples are done; the last rank has the result")
+        return result
 
 
 def _define_likelihood(values: flags.FlagValues) -> None:
     _define_evaluation(values)
+    flags.DEFINE_enum("method", "decoupled", list(METHODS), "how to solve", flag_values=values)
     flags.DEFINE_enum("trace", "hutchinson", list(TRACES), "how to compute the divergence", flag_values=values)
-    flags.DEFINE_integer("probes", 2, "probes of Hutchinson's estimate", flag_values=values)
-    flags.DEFINE_enum("probe", "rademacher", list(PROBES), "their distribution", flag_values=values)
-    flags.DEFINE_float("tolerance", 1e-4, "relative and absolute tolerance of the solver", flag_values=values)
+    flags.DEFINE_integer("probes", 8, "probes of Hutchinson's estimate", flag_values=values)
+    flags.DEFINE_enum("probe", "orthogonal", list(PROBES), "their distribution", flag_values=values)
+    flags.DEFINE_integer("steps", None, "of the path; by default one for each unit of log(σ/α)", flag_values=values)
+    flags.DEFINE_integer("nodes", None, "of the quadrature in each step; by default 4", flag_values=values)
+    flags.DEFINE_float("rtol", None, "relative tolerance of the solver; by default the method's", flag_values=values)
+    flags.DEFINE_float("atol", None, "absolute tolerance of the solver; by default the method's", flag_values=values)
     flags.DEFINE_float("t_min", None, "time whose density is evaluated", flag_values=values)
+    flags.DEFINE_float(
+        "target_std_error",
+        None,
+        "take probes until an example's error is so small, in bits/dim (continuous data: nats)",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("draws", 1, "of dequantisation, for codes", flag_values=values)
+    flags.DEFINE_bool("bounds", False, "the variational bound too, of a chain and of its limit", flag_values=values)
+    flags.DEFINE_float("chain_steps", 1000, "of --bounds: steps of the chain", flag_values=values)
+    flags.DEFINE_integer("terms", 16, "of --bounds: terms to evaluate, sampled by strata", flag_values=values)
+    flags.DEFINE_integer("repeats", 2, "of --bounds: independent estimates to average", flag_values=values)
 
 
 def _likelihood(values: flags.FlagValues, config: ConfigDict | None) -> None:
-    model, section = _model(values, config)
-    examples = _examples(values, section)
-    options = {
-        "trace": values.trace,
-        "probes": values.probes,
-        "probe": values.probe,
-        "rtol": values.tolerance,
-        "atol": values.tolerance,
-        "t_min": values.t_min,
-        "batch_size": values.batch_size,
+    evaluation = _Evaluation("likelihood", values, config)
+    model = evaluation.model
+    is_continuous = model.data.bits is None
+    names = ("method", "trace", "probes", "probe", "steps", "nodes", "rtol", "atol")
+    options = {name: values[name].value for name in names}
+    options |= {
+        "t_min": model.sde.t_min if values.t_min is None else values.t_min,
+        "target_std_error": values.target_std_error,
         "seed": values.seed,
     }
-    if model.data.bits is None:
-        likelihood = log_likelihood(model, examples.float(), **options)
-        print(
-            f"log-likelihood of {len(examples)} {values.split} examples: {float(likelihood.log_prob.mean()):.4f} nats"
-        )
-        print(f"  standard error of an example's, over probes: {float(likelihood.std_error.mean()):.4f}")
-        print(f"  density at t_min = {likelihood.t_min:.3g}; nfe {likelihood.nfe}, {likelihood.seconds:.1f} seconds")
-        return
-    bits = bits_per_dim(model, examples, **options)
-    print(f"bits/dim of {len(examples)} {values.split} examples: {bits.mean:.4f}")
-    print(f"  standard error of the estimator (probes): {bits.std_error:.4f}")
-    print(f"  standard error over examples (sampling):  {bits.sampling_error:.4f}")
-    print(f"  density at t_min = {bits.t_min:.3g}; nfe {bits.nfe}, {bits.seconds:.1f} seconds")
+    if not is_continuous:
+        options["draws"] = values.draws
+    elif values.draws != 1:
+        raise ConfigError(f"--draws={values.draws}: the data are continuous, and not dequantised")
+    result = evaluation.run(likelihood_measure, options)
+    if result is not None:
+        print(f"{result.unit} of {result.count} {values.split} examples: {result.mean:.4f}")
+        print("  -log density of the probability-flow ODE" + ", codes uniformly dequantised" * (not is_continuous))
+        print(f"  standard error of the estimator (probes): {_error(result.std_error)}")
+        print(f"  error of the solver (its estimate):       {_error(result.solver_error)}")
+        print(f"  standard error over examples (sampling):  {_error(result.sampling_error)}")
+        print(f"  density at t_min = {options['t_min']:.3g}; {_costs(result)}")
+    if values.bounds:
+        shared = {"terms": values.terms, "repeats": values.repeats, "seed": values.seed}
+        for folder, steps in (("bound_discrete", values.chain_steps), ("bound_continuous", math.inf)):
+            _evaluate_bound(evaluation, {"steps": steps, **shared}, folder)
 
 
 def _define_bound(values: flags.FlagValues) -> None:
@@ -282,35 +362,49 @@ def _define_bound(values: flags.FlagValues) -> None:
 
 
 def _bound(values: flags.FlagValues, config: ConfigDict | None) -> None:
-    model, section = _model(values, config)
-    examples = _examples(values, section)
-    bound = variational_bound(
-        model,
-        examples.float() if model.data.bits is None else examples,
-        steps=values.steps,
-        grid=values.grid,
-        t_min=values.t_min,
-        variance=_value(values.variance),
-        codes=values.codes,
-        terms=values.terms,
-        repeats=values.repeats,
-        batch_size=values.batch_size,
-        seed=values.seed,
-    )
-    parts = {"L_T": bound.prior, "sum of L_t": bound.transitions.sum(1), "L_0": bound.decoder}
-    split = ", ".join(f"{name} {float(bound.per_dimension(nats).mean()):.3g}" for name, nats in parts.items())
-    print(f"bound on the {bound.unit} of {len(examples)} {values.split} examples: {bound.mean:.4f}")
-    print(f"  standard error of the estimator (repeats): {bound.std_error:.4f}")
-    print(f"  standard error over examples (sampling):   {bound.sampling_error:.4f}")
-    print(f"  {split}; nfe {bound.nfe}, {bound.seconds:.1f} seconds")
+    names = ("steps", "grid", "terms", "repeats", "codes", "t_min", "seed")
+    options = {name: values[name].value for name in names} | {"variance": _value(values.variance)}
+    _evaluate_bound(_Evaluation("bound", values, config), options)
 
 
-def _model(values: flags.FlagValues, config: ConfigDict | None) -> tuple[DiffusionModel, dict[str, Any]]:
-    """The model asked for, or the one that ships, and the data section that it goes with."""
+def _evaluate_bound(evaluation: _Evaluation, options: dict[str, Any], folder: str = "") -> None:
+    """Evaluate the bound with these options, and print it."""
+    result = evaluation.run(bound_measure, options, folder)
+    if result is None:
+        return
+    chain = "limit of continuous time" if options["steps"] == math.inf else f"chain of {options['steps']:g} steps"
+    parts = zip(("L_T", "sum of L_t", "L_0"), result.parts.values(), strict=True)
+    print(f"bound on the {result.unit} of {result.count} {evaluation.values.split} examples: {result.mean:.4f}")
+    print(f"  variational, of the {chain}")
+    print(f"  standard error of the estimator (repeats): {_error(result.std_error)}")
+    print(f"  standard error over examples (sampling):   {_error(result.sampling_error)}")
+    print(f"  {', '.join(f'{name} {part:.3g}' for name, part in parts)}; {_costs(result)}")
+
+
+def _error(value: float) -> str:
+    return "not estimated" if math.isnan(value) else f"{value:.4f}"
+
+
+def _costs(result: DatasetResult) -> str:
+    """Evaluations an example, and time; where the histogram is."""
+    names = {"nfe": "nfe", "derivative_evaluations": "products with the derivative"}
+    counts = (f"{names[name]} {total / result.count:.4g}" for name, total in result.totals.items())
+    return f"{', '.join(counts)}, {result.seconds:.1f} seconds; see {result.histogram}"
+
+
+def _model(values: flags.FlagValues, config: ConfigDict | None) -> tuple[DiffusionModel, dict[str, Any], Path]:
+    """The model asked for, or the one that ships, the data section that it goes with, and where it is."""
     workdir = values.workdir or (config.workdir if config is not None else "")
     path = Path(workdir) if workdir else pretrained("fashion_mnist")
     data = read_description(path)["config"]["data"] if config is None else resolve_config(config).data.to_dict()
-    return load(path, device=choose_device(values.device)), data
+    return load(path, device=choose_device(values.device)), data, path
+
+
+def _checksum(path: Path) -> str:
+    """SHA-256 of the file that ``load`` reads."""
+    checkpoint = newest_checkpoint(path) if path.is_dir() else None
+    with (checkpoint / "model.safetensors" if checkpoint else path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -333,4 +427,11 @@ _COMMANDS: dict[str, tuple[Define, Run]] = {
     "sample": (_define_sample, _sample),
     "likelihood": (_define_likelihood, _likelihood),
     "bound": (_define_bound, _bound),
+}
+
+# How each command that can be interrupted goes on.
+_GOES_ON = {
+    "train": "from the last checkpoint",
+    "likelihood": "with the examples that are left",
+    "bound": "with the examples that are left",
 }

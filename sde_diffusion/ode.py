@@ -21,7 +21,7 @@ result is a solver's and not an interpolant's; only the guess of the first step 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -83,7 +83,7 @@ class ProbabilityFlow:
             method: one of ``PER_SAMPLE_METHODS``, or those of ``integrate``.
             **options: ``rtol`` and ``atol``.
         """
-        norms, angles = self._norm(times), self._angles(times)
+        norms, angles = self.norms(times), self._angles(times)
         options |= {"to_time": self._time_at}
         if method in PER_SAMPLE_METHODS:
             path = runge_kutta.solve(self._slope_of, x / norms[0], angles, **options)
@@ -98,6 +98,21 @@ class ProbabilityFlow:
 
         (y,) = integrate(rates, (x / norms[0],), angles, method=method, observe=watch, **options)
         return norms[-1] * y
+
+    def walk(self, y: Tensor, log_noises: Sequence[float]) -> Iterator[runge_kutta.Step]:
+        """Dormand-Prince steps over u = log(σ/α), in which a density is smooth at either end.
+
+        Args:
+            y: the scaled state (B, ...) at the first u.
+            log_noises: u, monotone; a step from each to the next.
+        """
+        over_angle = self._slope_of(torch.arange(len(y), device=y.device))
+
+        def slope(y: Tensor, u: Tensor) -> Tensor:
+            _, _, angle = self.at_log_noise(u)
+            return expand_to((torch.sin(angle) * torch.cos(angle)).to(y.dtype), y) * over_angle(y, angle)
+
+        return runge_kutta.walk(slope, y, log_noises)
 
     def solve_with_density(
         self, x: Tensor, times: tuple[float, float], divergence: Divergence, estimates: int, **options: Any
@@ -114,7 +129,7 @@ class ProbabilityFlow:
         Returns:
             x at times[1], and log p(x at times[0]) − log p(x at times[1]) by each estimate, (B, K).
         """
-        dimension, (start, end) = x[0].numel(), self._norm(times)
+        dimension, (start, end) = x[0].numel(), self.norms(times)
 
         def rates(state: tuple[Tensor, ...], angle: Tensor) -> tuple[Tensor, ...]:
             value, divergences = divergence(self._velocity(self.predict, angle, x.dtype), state[0])
@@ -130,8 +145,7 @@ class ProbabilityFlow:
 
     def _velocity(self, predict: Predictor, angle: Tensor, dtype: torch.dtype) -> Velocity:
         """y (B, ...) -> dy/dθ at an angle, () or (B,) in float64."""
-        (t,) = row_by_row(lambda log_snr: (self.sde.t_from_log_snr(log_snr),), -2 * torch.log(torch.tan(angle)))
-        norm = torch.sqrt(self.sde.alpha(t).square() + self.sde.sigma(t).square())
+        t, norm = self._time_and_norm(torch.log(torch.tan(angle)))
         cos, sin, scale, t = (value.to(dtype) for value in (torch.cos(angle), torch.sin(angle), norm, t))
 
         def velocity(y: Tensor) -> Tensor:
@@ -140,7 +154,17 @@ class ProbabilityFlow:
 
         return velocity
 
-    def _norm(self, times: Sequence[float]) -> list[float]:
+    def at_log_noise(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """t, n and θ at u = log(σ/α), of its shape () or (B,)."""
+        (angle,) = row_by_row(lambda u: (torch.atan(torch.exp(u)),), u)
+        return *self._time_and_norm(u), angle
+
+    def _time_and_norm(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        (t,) = row_by_row(lambda log_snr: (self.sde.t_from_log_snr(log_snr),), -2 * u)
+        return t, torch.sqrt(self.sde.alpha(t).square() + self.sde.sigma(t).square())
+
+    def norms(self, times: Sequence[float]) -> list[float]:
+        """n at times."""
         t = torch.tensor(times, dtype=torch.float64)
         return torch.sqrt(self.sde.alpha(t).square() + self.sde.sigma(t).square()).tolist()
 

@@ -24,7 +24,7 @@ Gustafsson 1991 (ACM TOMS 17) for the controller; Hairer, Nørsett & Wanner 1993
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
@@ -88,6 +88,27 @@ class _Samples(NamedTuple):
     step: Tensor
     # Of the last step that was accepted.
     log_error: Tensor
+
+
+class Step(NamedTuple):
+    """Of some samples: its ends (B',), in float64, x (B', ...) at the first of them, and its stages."""
+
+    s: Tensor
+    s_next: Tensor
+    x: Tensor
+    stages: list[Tensor]
+
+    def at(self, share: Tensor) -> tuple[Tensor, Tensor]:
+        """x and dx/ds (B', ...) of the polynomial, at shares ϑ (B',) of the step, in float64."""
+        length, change, rate = self.s_next - self.s, torch.zeros_like(self.x), torch.zeros_like(self.x)
+        for coefficients, stage in zip(INTERPOLANT, self.stages, strict=True):
+            weight, slope = torch.zeros_like(share), torch.zeros_like(share)
+            for order, coefficient in reversed(list(enumerate(coefficients, 1))):
+                weight = (weight + float(coefficient)) * share
+                slope = slope * share + order * float(coefficient)
+            change = change + expand_to((length * weight).to(change.dtype), change) * stage
+            rate = rate + expand_to(slope.to(rate.dtype), rate) * stage
+        return self.x + change, rate
 
 
 def rms_of_rows(values: Tensor) -> Tensor:
@@ -199,11 +220,8 @@ def _step(slope: Slope, samples: _Samples, end: float, tolerance: _Tolerance) ->
     left = torch.ceil((end - s) / step).clamp(min=1)
     step = torch.where(left <= 2, (end - s) / left, step)
     s_next = torch.where(left <= 1, end, s + step)
-    h, stages, x_next = expand_to(step.to(x.dtype), x), [first], x
-    for node, weights in zip(NODES, STAGES, strict=True):
-        x_next = x + h * _weighted_sum(weights, stages)
-        stages.append(slope(x_next, s + float(node) * step if node < 1 else s_next))
-    error = tolerance.ratio(h * _weighted_sum(ERROR, stages), x, x_next)
+    x_next, stages = _advance(slope, x, s, step, s_next, first)
+    error = tolerance.ratio(expand_to(step.to(x.dtype), x) * _weighted_sum(ERROR, stages), x, x_next)
     log_error = torch.where(error.isnan(), math.inf, error).log()
     is_accepted = log_error <= 0
     exponent = torch.where(is_accepted, (0.4 * log_error_before - 0.7 * log_error) / 5, -log_error / 5)
@@ -220,20 +238,36 @@ def _step(slope: Slope, samples: _Samples, end: float, tolerance: _Tolerance) ->
     return samples, stages
 
 
+def _advance(
+    slope: Slope, x: Tensor, s: Tensor, step: Tensor, s_next: Tensor, first: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """x at the end of a step, and its seven stages, of which the first is known."""
+    h, stages, x_next = expand_to(step.to(x.dtype), x), [first], x
+    for node, weights in zip(NODES, STAGES, strict=True):
+        x_next = x + h * _weighted_sum(weights, stages)
+        stages.append(slope(x_next, s + float(node) * step if node < 1 else s_next))
+    return x_next, stages
+
+
+def walk(slope: Slope, x: Tensor, grid: Sequence[float]) -> Iterator[Step]:
+    """The steps of all samples x (B, ...) from each point of a grid to the next, whatever their error."""
+    s = torch.full((len(x),), grid[0], dtype=torch.float64, device=x.device)
+    first = slope(x, s)
+    for end in grid[1:]:
+        s_next = torch.full_like(s, end)
+        x_next, stages = _advance(slope, x, s, s_next - s, s_next, first)
+        yield Step(s, s_next, x, stages)
+        s, x, first = s_next, x_next, stages[-1]
+
+
 def _interpolate(states: Tensor, points: Tensor, before: _Samples, after: _Samples, stages: list[Tensor]) -> None:
     """Write the states at the points of the grid, its ends aside, that a step has reached or passed."""
     inner, direction = points[1:-1], torch.sign(points[-1] - points[0])
     ahead_before, ahead_after = (direction * (inner - samples.s[:, None]) > 0 for samples in (before, after))
     sample, point = (ahead_before & ~ahead_after).nonzero(as_tuple=True)
-    step = (after.s - before.s)[sample]
-    share = (inner[point] - before.s[sample]) / step
-    change = torch.zeros_like(before.x[sample])
-    for coefficients, stage in zip(INTERPOLANT, stages, strict=True):
-        weight = torch.zeros_like(share)
-        for coefficient in reversed(coefficients):
-            weight = (weight + float(coefficient)) * share
-        change = change + expand_to((step * weight).to(change.dtype), change) * stage[sample]
-    states[point + 1, after.rows[sample]] = before.x[sample] + change
+    ends = before.s[sample], after.s[sample]
+    step = Step(*ends, before.x[sample], [stage[sample] for stage in stages])
+    states[point + 1, after.rows[sample]], _ = step.at((inner[point] - ends[0]) / (ends[1] - ends[0]))
 
 
 def _weighted_sum(weights: Sequence[Fraction], stages: list[Tensor]) -> Tensor:

@@ -278,6 +278,17 @@ def test_an_example_does_not_depend_on_its_batch_but_on_the_seed(rotated, option
     assert bool((together.times.diff() > 0).all())
 
 
+def test_an_example_draws_from_the_stream_of_its_index(rotated):
+    distribution = rotated(16)
+    model, x = distribution.under(sd.VPSDE()), distribution.sample(5)
+    whole = sd.variational_bound(model, x, steps=9)
+    some = [4, 1, 3]
+    part = sd.variational_bound(model, x[some], steps=9, indices=some, batch_size=2)
+    torch.testing.assert_close(part.nats, whole.nats[some], rtol=1e-10, atol=0)
+    with pytest.raises(ValueError, match="indices has length 3: must be 5, one for each example"):
+        sd.variational_bound(model, x, steps=9, indices=some)
+
+
 def test_variance_given_as_numbers(ring):
     model, x = ring.under(sd.VPSDE()), ring.sample(4)
     options = {"steps": 6, "grid": "t", "t_min": sd.VPSDE().t_max / 6}

@@ -1,5 +1,6 @@
 """The commands as a user types them."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -90,15 +91,108 @@ def test_sample_takes_a_grid_and_how_to_end(run, tmp_path, capsys):
     assert "5/5" in printed.err
 
 
-def test_likelihood_of_continuous_data(run, capsys):
-    assert main(["likelihood", f"--workdir={run}", "--count=3"]) == 0
+def test_likelihood_of_continuous_data(run, tmp_path, capsys):
+    output = tmp_path / "folder"
+    assert main(["likelihood", f"--workdir={run}", "--count=3", "--batch_size=2", f"--output={output}"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"log-likelihood of 3 test examples: -?[\d.]+ nats", printed)
-    assert "density at t_min = " in printed
+    (mean,) = re.findall(r"nats/dim of 3 test examples: (-?[\d.]+)\n", printed)
+    assert "standard error of the estimator (probes): 0." in printed
+    assert re.search(r"density at t_min = [\d.e-]+; nfe \d+, products with the derivative \d+, [\d.]+ seconds", printed)
+    assert f"see {output / 'histogram.png'}" in printed
+    result = json.loads((output / "result.json").read_text())
+    assert (result["count"], result["quantity"]) == (3, "nats_per_dim")
+    assert result["mean"] == pytest.approx(float(mean), abs=5e-5)
+    settings = result["settings"]
+    weights = next((run / "checkpoints").glob("*/model.safetensors")).read_bytes()
+    assert settings["model"] == hashlib.sha256(weights).hexdigest()
+    assert settings["data"] == {"name": "spiral", "size": 10_000}
+    assert (settings["measure"], settings["split"], settings["options"]["probes"]) == ("likelihood_measure", "test", 8)
+    with Image.open(output / "histogram.png") as picture:
+        assert picture.width > 0
 
 
-def test_bound_of_continuous_data_and_its_parts(run, capsys):
-    assert main(["bound", f"--workdir={run}", "--count=3", "--steps=5", "--variance=0.5"]) == 0
+def test_an_evaluation_goes_on_in_the_directory_of_the_run(run, capsys):
+    def likelihood(*arguments):
+        code = main(["likelihood", f"--workdir={run}", "--trace=exact", *arguments])
+        return code, capsys.readouterr()
+
+    assert likelihood("--count=3")[0] == 0
+    directory = run / "likelihood_test"
+    assert likelihood("--count=5", "--batch_size=1")[0] == 0
+    assert sum(len(path.read_text().splitlines()) for path in directory.glob("*.jsonl")) == 5
+    code, printed = likelihood("--count=5", "--rtol=1e-3")
+    assert code == 2
+    assert f"options.rtol = 0.001: the examples in {directory} were evaluated with None" in printed.err
+    code, printed = likelihood("--split=train", "--count=2", "--seed=1")
+    assert (code, (run / "likelihood_train" / "result.json").exists()) == (0, True)
+    assert "nats/dim of 2 train examples" in printed.out
+
+
+def test_the_whole_split_is_evaluated_by_default(run, tmp_path, capsys):
+    size = ["--option=size=7", "--dataset=spiral", f"--output={tmp_path}"]
+    assert main(["bound", f"--workdir={run}", "--steps=2", *size]) == 0
+    assert "of 7 test examples" in capsys.readouterr().out
+
+
+def test_ranks_of_torchrun_share_the_examples(run, tmp_path, capsys, monkeypatch):
+    outputs = []
+    for rank, ranks in ((2, 3), (0, 3), (1, 3)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        assert main(["bound", f"--workdir={run}", "--count=2", "--steps=3", f"--output={tmp_path}"]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0].startswith("rank 2 of 3: its 0 examples are done")
+    assert outputs[1].startswith("rank 0 of 3: its 1 examples are done")
+    assert outputs[2].startswith("bound on the nats/dim of 2 test examples: ")
+    assert json.loads((tmp_path / "result.json").read_text())["ranks"] == 3
+
+
+def test_an_interruption_says_how_to_go_on(run, monkeypatch, capsys):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sde_diffusion.cli.evaluate_dataset", interrupt)
+    assert main(["bound", f"--workdir={run}"]) == 2
+    assert "interrupted; the same command goes on with the examples that are left\n" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_result_of_one_process(run, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "sde_diffusion"]
+    arguments = ["likelihood", f"--workdir={run}", "--count=9", "--batch_size=2"]
+    shared = subprocess.run(
+        [*launch, *arguments, f"--output={tmp_path / 'two'}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert shared.returncode == 0, shared.stderr
+    assert "nats/dim of 9 test examples" in shared.stdout
+    assert main([*arguments, f"--output={tmp_path / 'one'}"]) == 0
+    two, one = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("two", "one"))
+    assert len(list((tmp_path / "two").glob("*.jsonl"))) == 2
+    assert (two["ranks"], two["count"], two["settings"]) == (2, 9, one["settings"])
+    # Batches of other examples take other steps.
+    assert two["mean"] == pytest.approx(one["mean"], abs=1e-3)
+
+
+def test_likelihood_with_the_bounds_beside_it(run, tmp_path, capsys):
+    arguments = ["--bounds", "--count=3", "--steps=20", "--terms=4", f"--output={tmp_path}"]
+    assert main(["likelihood", f"--workdir={run}", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert [line.split(";")[0] for line in re.findall(r"  (-log density.*|variational.*)", printed)] == [
+        "-log density of the probability-flow ODE",
+        "variational, of the chain of 20 steps",
+        "variational, of the limit of continuous time",
+    ]
+    for folder, steps in (("bound_discrete", 20), ("bound_continuous", "inf")):
+        result = json.loads((tmp_path / folder / "result.json").read_text())
+        assert result["settings"]["options"]["steps"] == steps
+        assert result["totals"] == {"nfe": 3 * 2 * 5}
+        assert f"{result['mean']:.4f}" in printed
+        assert (tmp_path / folder / "histogram.png").exists()
+
+
+def test_bound_of_continuous_data_and_its_parts(run, tmp_path, capsys):
+    arguments = ["--count=3", "--steps=5", "--variance=0.5", f"--output={tmp_path}"]
+    assert main(["bound", f"--workdir={run}", *arguments]) == 0
     printed = capsys.readouterr().out
     (bound,) = re.findall(r"bound on the nats/dim of 3 test examples: (\S+)\n", printed)
     assert re.search(r"standard error of the estimator \(repeats\): [\d.]+\n", printed)
@@ -108,9 +202,13 @@ def test_bound_of_continuous_data_and_its_parts(run, capsys):
     assert sum(parts) == pytest.approx(float(bound), abs=0.005 * max(map(abs, parts)) * 3)
 
 
-def test_bound_of_the_shipped_model_in_the_limit(capsys):
-    assert main(["bound", "--count=1", "--steps=inf", "--terms=2", "--codes=dequantized"]) == 0
-    assert re.search(r"bound on the bits/dim of 1 test examples: [\d.]+\n", capsys.readouterr().out)
+def test_bound_of_the_shipped_model_in_the_limit(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bound", "--count=1", "--steps=inf", "--terms=2", "--repeats=1", "--codes=dequantized"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"bound on the bits/dim of 1 test examples: [\d.]+\n", printed)
+    assert "standard error of the estimator (repeats): not estimated\n" in printed
+    assert (tmp_path / "outputs" / "bound_test" / "result.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -142,9 +240,14 @@ def test_bound_of_the_shipped_model_in_the_limit(capsys):
         (["sample", "--count=0"], "n = 0"),
         (["sample", "--label=3"], "--label=3: the model has 0 classes"),
         (["sample", "--device=abacus"], "device = 'abacus': must be 'auto'"),
-        (["likelihood", "--count=0"], "--count=0: must be at least 1"),
+        (["likelihood", "--count=0"], "count = 0: must be at least 1"),
         (["likelihood", "--probes=0"], "probes = 0"),
-        (["bound", "--count=0"], "--count=0: must be at least 1"),
+        (["likelihood", "--draws=2"], "--draws=2: the data are continuous"),
+        (["likelihood", "--dataset=mnist"], "--dataset=mnist: must be one of fashion_mnist, idx,"),
+        (["likelihood", "--dataset=fashion_mnist"], "--dataset=fashion_mnist: its examples have shape (1, 28, 28)"),
+        (["likelihood", "--split=valid"], "value should be one of <train|test>"),
+        (["likelihood", "--option=folder=x"], "data set 'spiral' has no option folder; it has size"),
+        (["bound", "--count=0"], "count = 0: must be at least 1"),
         (["bound", "--steps=2.5"], "steps = 2.5: must be a whole number"),
         (["bound", "--variance=large"], "variance = 'large'"),
     ],
@@ -153,6 +256,8 @@ def test_a_mistake_prints_one_line_and_exits_2(run, arguments, message, capsys, 
     monkeypatch.chdir(tmp_path)
     if arguments[0] in ("sample", "likelihood", "bound") and "--workdir=nowhere" not in arguments:
         arguments = [*arguments, f"--workdir={run}"]
+    if arguments[0] in ("likelihood", "bound"):
+        arguments = [*arguments, f"--output={tmp_path / 'folder'}"]
     assert main(arguments) == 2
     printed = capsys.readouterr()
     assert message in printed.err

@@ -58,3 +58,30 @@ def test_theory(run, tmp_path, name, options, size):
     printed = run(name, *options, "--output=picture.png")
     assert Image.open(tmp_path / "picture.png").size == size
     assert printed.endswith("see picture.png\n")
+
+
+def test_density_map(run, tmp_path):
+    printed = run("density_map.py", "--resolution=6", "--iterations=2", "--batch_size=8", "--tolerance=0.01")
+    assert Image.open(tmp_path / "outputs" / "density_map.png").size == (1160, 380)
+    assert re.findall(r"^(\w+ score), ODE: off by [\d.e-]+ nats", printed, re.M) == ["exact score", "learnt score"]
+
+
+def test_density_ratio(run, tmp_path):
+    printed = run("density_ratio.py", "--count=4", "--dimension=4", "--probes=2", "--resolution=6")
+    assert Image.open(tmp_path / "outputs" / "density_ratio.png").size == (900, 420)
+    assert re.search(r"in the plane: .*\n.*reported standard error at most 0\n", printed)
+    assert re.search(r"in 4 dimensions: .*\n.*reported standard error at most 0\.\d+\n", printed)
+
+
+def test_maximum_likelihood(run, tmp_path):
+    options = ["--pretraining=2", "--iterations=2", "--batch_size=8", "--steps=4", "--count=8"]
+    printed = run("maximum_likelihood.py", *options)
+    assert Image.open(tmp_path / "outputs" / "maximum_likelihood.png").size == (500, 350)
+    assert re.search(r"gained, point by point: -?\d\.\d+ ± \d\.\d+ nats", printed)
+
+
+def test_outliers(run, tmp_path):
+    printed = run("outliers.py", "--count=2", "--together=2", "--steps=3", "--tolerance=100")
+    assert Image.open(tmp_path / "outputs" / "ranking.png").size == (2 * CELL + GAP, 2 * CELL + GAP)
+    assert Image.open(tmp_path / "outputs" / "outliers.png").size == (600, 780)
+    assert len(re.findall(r"^[\w, ]+ \d\.\d\d( +[\d.]+ ± (?:[\d.]+|nan)){3}$", printed, re.M)) == 6

@@ -118,6 +118,22 @@ class DataInfo:
         if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < 2**bits:
             raise ValueError(f"{name} has values in [{values.min()}, {values.max()}]: need 0 to {2**bits - 1}")
 
+    def is_on_lattice(self, x: torch.Tensor) -> torch.Tensor:
+        """Whether all values of an example (B, ...) are points of codes, of either kind, or lower edges of their bins.
+
+        Returns:
+            Booleans (B,). Of dequantised data few values are, and hardly ever all.
+
+        Raises:
+            ValueError: for continuous data.
+        """
+        bits = self._discrete_bits()
+        margin, answer = 2 * self._rounding_error(bits, x.dtype), torch.zeros_like(x.flatten(1)[:, 0], dtype=torch.bool)
+        for first, spacing in (*(self._lattice(kind) for kind in CODE_POINTS), (self.low, self._bin_width(bits))):
+            position = (x - first) / spacing
+            answer |= ((position - position.round()).abs() <= margin).flatten(1).all(1)
+        return answer
+
     def points(self, values: torch.Tensor, kind: str = "centres", dtype: torch.dtype | None = None) -> torch.Tensor:
         """The model-space value that stands for each code.
 

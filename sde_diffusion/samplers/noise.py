@@ -7,6 +7,7 @@ generator reads, is (hash + index · odd) mod 2³², which gives no two indices 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 import torch
@@ -33,6 +34,12 @@ class Streams:
             torch.Generator(self.device).manual_seed((high << 32 | (low + index * _ODD) % 2**32) % 2**63)
             for index in indices
         ]
+
+    def take(self, rows: Sequence[int]) -> Streams:
+        """The streams of these rows, in this order, each going on from where it is; a row may be there twice."""
+        part = copy(self)
+        part._generators = [self._generators[row] for row in rows]
+        return part
 
     def __len__(self) -> int:
         """Number of streams."""
