@@ -20,15 +20,20 @@ from sde_diffusion.samplers.noise import Streams
 FILE = Path("outputs/likelihood_reference.safetensors")
 
 
-def reference(count: int = 16, threads: int | None = None) -> tuple[sd.DiffusionModel, Tensor, Tensor, Tensor]:
-    """The model, the dequantised images, their log densities (nats), and estimates of the solver's error in these."""
-    if threads:
-        torch.set_num_threads(threads)
+def test_images(count: int) -> tuple[sd.DiffusionModel, Tensor]:
+    """The shipped model, and the first test images, dequantised."""
     model = sd.load(sd.pretrained("fashion_mnist"))
     dataset = load_dataset(name="fashion_mnist", split="test")
     items: list[Any] = [dataset[i] for i in range(count)]
     codes = torch.stack([item if isinstance(item, Tensor) else item[0] for item in items])
-    x = model.data.dequantize(codes, Streams(0, range(count)).uniform(model.data_shape))
+    return model, model.data.dequantize(codes, Streams(0, range(count)).uniform(model.data_shape))
+
+
+def reference(count: int = 16, threads: int | None = None) -> tuple[sd.DiffusionModel, Tensor, Tensor, Tensor]:
+    """The model, the dequantised images, their log densities (nats), and estimates of the solver's error in these."""
+    if threads:
+        torch.set_num_threads(threads)
+    model, x = test_images(count)
     done = load_file(FILE) if FILE.exists() else {"log_prob": torch.empty(0), "solver_error": torch.empty(0)}
     FILE.parent.mkdir(exist_ok=True)
     for i in range(len(done["log_prob"]), count):

@@ -48,7 +48,7 @@ from torch import Tensor
 from torch.nn.functional import pad, softplus
 
 from sde_diffusion.divergence import LARGEST_BLOCK, draw_blocks, exact_trace, trace_estimates, vector_jacobian
-from sde_diffusion.model import Model
+from sde_diffusion.model import Model, take_cond
 from sde_diffusion.ode import ProbabilityFlow, SolverError
 from sde_diffusion.samplers.noise import Streams
 from sde_diffusion.sde import expand_to
@@ -85,7 +85,7 @@ class Plan:
         steps: of the path.
         nodes: in each step.
         rows: evaluations of the network made together.
-        compile: what makes one graph of a node's evaluation; None to run it as it is.
+        compiled: ``evaluate`` as one graph, to be called with batches of ``rows`` alone; None to run it as it is.
     """
 
     trace: str
@@ -95,7 +95,7 @@ class Plan:
     steps: int
     nodes: int
     rows: int
-    compile: Callable[[Callable], Callable] | None = None
+    compiled: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
 class _Nodes(NamedTuple):
@@ -136,8 +136,8 @@ def estimate(
                 f"example {int(rows[0])} of its batch: in {plan.steps // 2} steps the solver's error is estimated at "
                 f"{float(result.solver_error[rows[0]]):.3g} nats, allowed are {solver_error:.3g}"
             )
-        some = {k: v[rows] if isinstance(v, Tensor) and v.ndim else v for k, v in cond.items()}
-        again = _estimate(model, x[rows], streams.take(rows.tolist()), times, plan, some)
+        some = streams.take(rows.tolist()), times, plan, take_cond(cond, rows)
+        again = _estimate(model, x[rows], *some)
         for name, values in again._asdict().items():
             before = getattr(result, name)
             before[rows] = values + before[rows] if name in ("nfe", "derivative_evaluations") else values
@@ -203,13 +203,11 @@ class _Look:
         streams: Streams,
         cond: Mapping[str, Any],
     ):
-        self.nodes, self.plan, self.streams, self.cond = nodes, plan, streams, cond
+        self.model, self.nodes, self.plan, self.streams, self.cond = model, nodes, plan, streams, cond
         t, norm, angle = flow.at_log_noise(nodes.u)
         self.columns = [c.to(nodes.y.dtype) for c in (t, norm, torch.cos(angle), torch.sin(angle))]
         self.defect = nodes.u.new_zeros(len(streams), len(nodes.u))
         self.nfe, self.products = torch.zeros(2, len(streams), dtype=torch.int64, device=nodes.u.device)
-        function = partial(_evaluate, model)
-        self.evaluate = function if plan.compile is None else plan.compile(function)
 
     def __call__(self, which: Tensor, size: int, blocks: int) -> Tensor:
         """The traces (n, blocks) at nodes ``which`` (n,) of all B K, each the mean of a block of probes."""
@@ -228,21 +226,21 @@ class _Look:
     def _at(self, which: Tensor, probes: Tensor | None) -> Tensor:
         """The estimates (P, n) by probes (P, n, ...), or the traces (n,) without."""
         number, once = len(which), torch.bincount(which // len(self.nodes.u), minlength=len(self.nfe))
-        if self.plan.compile is not None:
-            # One shape, one graph.
+        if self.plan.compiled is not None:
             filled = torch.arange(self.plan.rows, device=which.device).clamp(max=number - 1)
             which, probes = which[filled], None if probes is None else probes[:, filled]
         example, node, y = which // len(self.nodes.u), which % len(self.nodes.u), self.nodes.y[which]
-        cond = {k: v[example] if isinstance(v, Tensor) and v.ndim else v for k, v in self.cond.items()}
+        cond = take_cond(self.cond, example)
         columns = [expand_to(column[node], y) for column in self.columns]
-        traces, defect = self.evaluate(y, self.nodes.rate[which], columns, probes, cond)
+        look = self.plan.compiled or evaluate
+        traces, defect = look(self.model, y, self.nodes.rate[which], columns, probes, cond)
         self.defect.view(-1)[which] = defect.double()
         self.nfe += once
         self.products += once * (y[0].numel() if probes is None else len(probes))
         return traces[..., :number].double()
 
 
-def _evaluate(
+def evaluate(
     model: Model, y: Tensor, rate: Tensor, columns: Sequence[Tensor], probes: Tensor | None, cond: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """Traces of ∂(cos θ x̂₀)/∂y, and −ε̂·(ẏ − v)/sin θ (n,), from one forward pass; columns are t, n, cos θ, sin θ."""
@@ -308,8 +306,8 @@ def _sample(look: _Look, nodes: _Nodes, plan: Plan, dimension: int) -> _Traces:
         _meet(plan.target_std_error**2, look, traces, nodes, largest)
         return traces
     importance, sizes = traces.importance(nodes), torch.ones_like(ones)
-    # Even and odd nodes share nothing, not even the factor of proportion.
-    for half in (slice(0, None, 2), slice(1, None, 2)):
+    # Even and odd nodes, if there are any, share nothing, not even the factor of proportion.
+    for half in (slice(0, None, 2), slice(1, None, 2))[: len(nodes.u)]:
         sizes[:, half] = _sizes(importance[:, half], largest, plan.probes - _BLOCKS)
     for size in sizes[sizes > 1].unique().long().tolist():
         which = everywhere[sizes.flatten() == size]
@@ -336,10 +334,13 @@ def _sizes(importance: Tensor, largest: int, probes: float) -> Tensor:
 
 def _meet(target: float, look: _Look, traces: _Traces, nodes: _Nodes, largest: int) -> None:
     """Twice the probes where the most variance is left, until that of each example's integral is at most the target."""
+    # By the pilot, whose probes are none of those that follow; no node's is so small that it is never looked at again.
+    wanted = traces.importance(nodes).square()
+    wanted = wanted + 0.01 * wanted.mean(1, keepdim=True)
     while bool((missed := traces.spread(nodes)[0] > target).any()):
-        left = traces.importance(nodes).square() / (traces.size * traces.blocks)
+        left = wanted / (traces.size * traces.blocks)
         due = (missed[:, None] & (left >= left.mean(1, keepdim=True))).flatten()
-        size, blocks = traces.size.flatten(), traces.blocks.flatten()
+        size, blocks = traces.size.flatten().clone(), traces.blocks.flatten().clone()
         for kind in torch.stack([size, blocks], 1)[due].unique(dim=0):
             which, (probes, number) = (
                 (due & (size == kind[0]) & (blocks == kind[1])).nonzero()[:, 0],

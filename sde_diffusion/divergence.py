@@ -96,6 +96,8 @@ def _hadamard(shape: tuple[int, ...], size: int) -> Tensor:
 
 def colours(shape: Sequence[int], count: int) -> Tensor:
     """A colour 0…count − 1 (*shape) for each entry: a lattice, of an example's axes, whose points are far apart."""
+    if math.prod(shape) <= count:
+        return torch.arange(math.prod(shape)).reshape(tuple(shape))
     multipliers: list[int] = []
     # Axis by axis from the last, whose neighbours have colours one apart.
     for size in reversed(shape):

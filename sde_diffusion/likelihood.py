@@ -31,7 +31,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +93,8 @@ class BitsPerDim:
         per_example_std_error: the estimator's, over probes.
         degrees_of_freedom: (B,) of that standard error.
         per_example_solver_error: estimate of what the path and the quadrature may be wrong by.
-        dequantization_error: (B,) standard error of that mean over the draws, probes included; NaN for one draw.
+        dequantization_error: (B,) standard error of that mean over the draws, probes included; NaN for one draw, and
+            for the bound.
         mean: over the examples.
         std_error: of the mean, from the estimator alone: how far a repeat with other probes would be.
         solver_error: of the mean, as if all examples' had one sign.
@@ -163,10 +163,10 @@ def log_likelihood(
         steps: of the path, equal ones of log(σ/α); by default of at most 1 each. Only "decoupled".
         nodes: of the quadrature in each step; 4 by default. Only "decoupled".
         solver: an adaptive method of torchdiffeq; "dopri5" by default. Only "adaptive".
-        rtol: relative tolerance of x and of the log-determinant a dimension; 1e-4 by default. Only "adaptive".
+        rtol: relative tolerance of x and of the log-determinant a dimension; 1e-6 by default. Only "adaptive".
         atol: absolute tolerance in nats a dimension: for "decoupled", 1e-2 by default, steps are halved where the
-            estimate of the solver's error is above it, which it corrects for as well; for "adaptive", 1e-4 by default,
-            it is that of a step, and of x too.
+            estimate of the solver's error is above it, which it corrects for as well; for "adaptive", 1e-6 by default,
+            it is that of a step, and of x too, whose error near the data counts beside the little noise there.
         cond: keyword arguments for the model; tensors of length B are cut into batches.
         batch_size: examples solved together; all by default.
         rows: evaluations with products made together, each of a node of some example; as many as there are examples
@@ -180,22 +180,14 @@ def log_likelihood(
         ValueError: naming the argument that is wrong, its value and what is allowed.
         SolverError: if the solver cannot meet the tolerance.
     """
-    model.check_data("x", x)
-    check_finite("x", x)
-    if model.data.bits is not None and not allow_discrete and len(x):
-        is_code = model.data.is_on_lattice(x)
-        if bool(is_code.any()):
-            raise ValueError(
-                f"x[{int(is_code.nonzero()[0])}] holds only values that codes of {model.data.bits} bits have: a "
-                "density is no probability of them; give the codes to bits_per_dim, or allow_discrete=True"
-            )
+    check_continuous(model, x, allow_discrete)
     options = _Options(
         method, trace, probes, probe, target_std_error, t_min, steps, nodes, solver, rtol, atol, rows, compile
     )
     (log_prob,), estimate, seconds = _evaluate(
         model, x, lambda batch, streams: batch, 1, options, cond, batch_size, seed, indices
     )
-    return LogLikelihood(log_prob, *estimate[1:], t_min=options.start(model), seconds=seconds)
+    return LogLikelihood(log_prob, *estimate[1:], t_min=start_time(model, options.t_min), seconds=seconds)
 
 
 @torch.no_grad()
@@ -244,7 +236,7 @@ def bits_per_dim(
         raise ValueError("model.data.bits is None: bits/dim needs discrete data; use log_likelihood")
     info.check_codes("images", images)
     if images.shape[1:] != model.data_shape:
-        raise ValueError(f"images has shape {tuple(images.shape)}: need (B, *{tuple(model.data_shape)})")
+        raise ValueError(f"images has shape {tuple(images.shape)}: need (B, {', '.join(map(str, model.data_shape))})")
     if draws < 1:
         raise ValueError(f"draws = {draws}: must be at least 1")
     if importance_weighted and trace != "exact":
@@ -254,7 +246,8 @@ def bits_per_dim(
         )
 
     def dequantize(codes: Tensor, streams: Streams) -> Tensor:
-        return info.dequantize(codes, streams.uniform(codes.shape[1:], model.dtype))
+        # The network may compute in fewer bits than tell neighbouring codes apart.
+        return info.dequantize(codes, streams.uniform(codes.shape[1:], torch.promote_types(model.dtype, torch.float32)))
 
     nats = dimension * math.log(2)
     target = None if target_std_error is None else target_std_error * nats
@@ -263,7 +256,8 @@ def bits_per_dim(
     log_prob = log_probs.double().logsumexp(0) - math.log(draws) if importance_weighted else log_probs.double().mean(0)
     per_example = -(log_prob / nats + info.log_scale / math.log(2)).to(log_probs.dtype)
     std_error, solver_error = estimate.std_error / nats, estimate.solver_error / nats
-    draw_error = log_probs.std(0) / (nats * math.sqrt(draws)) if draws > 1 else torch.full_like(std_error, math.nan)
+    has_error = draws > 1 and not importance_weighted
+    draw_error = log_probs.std(0) / (nats * math.sqrt(draws)) if has_error else torch.full_like(std_error, math.nan)
     count = len(images)
     return BitsPerDim(
         per_example,
@@ -277,9 +271,33 @@ def bits_per_dim(
         float(per_example.double().std() / math.sqrt(count)) if count > 1 else math.nan,
         estimate.nfe,
         estimate.derivative_evaluations,
-        options.start(model),
+        start_time(model, options.t_min),
         seconds,
     )
+
+
+def check_continuous(model: Model, x: Tensor, allow_discrete: bool) -> None:
+    """Raise a ValueError unless x (B, *data_shape) is finite and, if it once was codes, dequantised."""
+    model.check_data("x", x)
+    check_finite("x", x)
+    if model.data.bits is not None and not allow_discrete and len(x):
+        is_code = model.data.is_on_lattice(x)
+        if bool(is_code.any()):
+            raise ValueError(
+                f"x[{int(is_code.nonzero()[0])}] holds only values that codes of {model.data.bits} bits have: a "
+                "density is no probability of them; give the codes to bits_per_dim, or allow_discrete=True"
+            )
+
+
+def start_time(model: Model, t_min: float | None) -> float:
+    """The time whose density is wanted, the SDE's t_min by default; a ValueError if there is none."""
+    sde = model.sde
+    t_min = sde.t_min if t_min is None else sde.check_time("t_min", t_min)
+    if not t_min < sde.t_max:
+        raise ValueError(f"t_min = {t_min}: must be below t_max = {sde.t_max}")
+    if not math.isfinite(sde.log_noise(t_min)):
+        raise ValueError(f"t_min = {t_min}: the noise is 0 there; the smallest safe time is {sde.t_min}")
+    return t_min
 
 
 def _interval(mean: Tensor, std_error: Tensor, degrees: Tensor, level: float) -> tuple[Tensor, Tensor]:
@@ -335,20 +353,13 @@ class _Options:
                 f"target_std_error = {self.target_std_error}: must be positive and finite, and the trace estimated"
             )
 
-    def start(self, model: Model) -> float:
-        """t_min of a model, checked."""
-        sde = model.sde
-        t_min = sde.t_min if self.t_min is None else sde.check_time("t_min", self.t_min)
-        if not t_min < sde.t_max:
-            raise ValueError(f"t_min = {t_min}: must be below t_max = {sde.t_max}")
-        if not math.isfinite(sde.log_noise(t_min)):
-            raise ValueError(f"t_min = {t_min}: the noise is 0 there; the smallest safe time is {sde.t_min}")
-        return t_min
-
     def plan(self, model: Model, size: int) -> Plan:
         """What is asked of ``decoupled.estimate`` for batches of some size."""
-        backend = {} if self.compile is True else {"backend": self.compile}
-        length = model.sde.log_noise(model.sde.t_max) - model.sde.log_noise(self.start(model))
+        compiled = None
+        if self.compile:
+            backend: dict[str, Any] = {} if self.compile is True else {"backend": self.compile}
+            compiled = torch.compile(decoupled.evaluate, fullgraph=True, dynamic=False, **backend)
+        length = model.sde.log_noise(model.sde.t_max) - model.sde.log_noise(start_time(model, self.t_min))
         return Plan(
             self.trace,
             self.probe,
@@ -357,7 +368,7 @@ class _Options:
             self.steps or math.ceil(length),
             self.nodes or 4,
             self.rows or max(size, 64),
-            partial(torch.compile, fullgraph=True, dynamic=False, **backend) if self.compile else None,
+            compiled,
         )
 
 
@@ -373,7 +384,7 @@ def _evaluate(
     indices: Sequence[int] | None,
 ) -> tuple[Tensor, Estimate, float]:
     """Log densities (draws, B), the estimate of their mean, and seconds: batch by batch, from where the model lives."""
-    times = (options.start(model), model.sde.t_max)
+    times = (start_time(model, options.t_min), model.sde.t_max)
     if len(data) == 0 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"{len(data)} examples, batch_size = {batch_size}: both must be at least 1")
     indices = range(len(data)) if indices is None else indices
@@ -439,8 +450,8 @@ def _adaptive(
         _exact_divergence if is_exact else _hutchinson(x, streams, options.probe, size, blocks),
         estimates=blocks,
         method=options.solver or "dopri5",
-        rtol=1e-4 if options.rtol is None else options.rtol,
-        atol=1e-4 if options.atol is None else options.atol,
+        rtol=1e-6 if options.rtol is None else options.rtol,
+        atol=1e-6 if options.atol is None else options.atol,
     )
     log_prob = model.sde.prior_log_prob(latent) + change.mean(1)
     every = torch.full((len(x),), calls, device=x.device)

@@ -22,7 +22,6 @@ discretising and optimising; Chen et al. 2016 (arXiv:1604.06174) for computing a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -33,8 +32,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from sde_diffusion.divergence import PROBES, block_size, draw_blocks, exact_trace, trace_estimates
-from sde_diffusion.likelihood import TRACES
-from sde_diffusion.model import Model, check_finite, evaluating, slice_cond
+from sde_diffusion.likelihood import TRACES, check_continuous, start_time
+from sde_diffusion.model import Model, evaluating, slice_cond
 from sde_diffusion.ode import integrate
 from sde_diffusion.samplers.noise import Streams
 from sde_diffusion.sde import drift_in_log_noise
@@ -52,6 +51,7 @@ def differentiable_log_likelihood(
     recompute: bool = True,
     cond: Mapping[str, Any] | None = None,
     seed: int = 0,
+    allow_discrete: bool = False,
 ) -> Tensor:
     """Log density of continuous data under a model, differentiable in its parameters and in x.
 
@@ -69,6 +69,7 @@ def differentiable_log_likelihood(
         recompute: whether to compute evaluations again for backpropagation, and not keep all of them.
         cond: keyword arguments for the model; tensors are of length B.
         seed: of the probes; example i's come from stream i.
+        allow_discrete: as in ``log_likelihood``.
 
     Returns:
         (B,) log densities of p at t_min, in nats.
@@ -77,8 +78,9 @@ def differentiable_log_likelihood(
         ValueError: naming the argument that is wrong, its value and what is allowed.
         SolverError: if the state leaves the finite numbers, as with too few steps.
     """
-    _check(model, x, steps, trace, probes, probe)
-    ends = _log_noise_range(model, t_min)
+    check_continuous(model, x, allow_discrete)
+    _check(x, steps, trace, probes, probe)
+    ends = [model.sde.log_noise(t) for t in (start_time(model, t_min), model.sde.t_max)]
     cond = slice_cond(cond, len(x), range(len(x)), model.device)
     x = x.to(model.device)
     draws = None if trace == "exact" else _draw(x, probes, probe, seed)
@@ -94,7 +96,7 @@ def differentiable_log_likelihood(
     def slope(state: tuple[Tensor, ...], u: Tensor) -> tuple[Tensor, ...]:
         return checkpoint(rates, state[0], u, use_reentrant=False) if recompute else rates(state[0], u)
 
-    grid = torch.linspace(*ends, steps + 1, dtype=torch.float64).tolist()
+    grid = torch.linspace(ends[0], ends[1], steps + 1, dtype=torch.float64).tolist()
     state = (x, x.new_zeros(len(x), 1))
     latent, change = integrate(slope, state, grid, method="rk4", to_time=model.sde.t_from_log_noise)
     return model.sde.prior_log_prob(latent) + change[:, 0]
@@ -119,18 +121,7 @@ def _draw(x: Tensor, probes: int, probe: str, seed: int) -> Tensor:
     return draw_blocks(probe, probes // size, size, x.shape[1:], streams, x.dtype)
 
 
-def _log_noise_range(model: Model, t_min: float | None) -> tuple[float, float]:
-    """u = log(σ/α) at t_min and at the end."""
-    sde = model.sde
-    t_min = sde.t_min if t_min is None else sde.check_time("t_min", t_min)
-    if not (math.isfinite(sde.log_noise(t_min)) and t_min < sde.t_max):
-        raise ValueError(f"t_min = {t_min}: there must be noise, and it must be below t_max = {sde.t_max}")
-    return sde.log_noise(t_min), sde.log_noise(sde.t_max)
-
-
-def _check(model: Model, x: Tensor, steps: int, trace: str, probes: int, probe: str) -> None:
-    model.check_data("x", x)
-    check_finite("x", x)
+def _check(x: Tensor, steps: int, trace: str, probes: int, probe: str) -> None:
     for name, number in (("len(x)", len(x)), ("steps", steps), ("probes", probes)):
         if number < 1:
             raise ValueError(f"{name} = {number}: must be at least 1")

@@ -475,6 +475,11 @@ def slice_cond(
     return batch
 
 
+def take_cond(cond: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    """The conditioning of rows (n,) of a batch: tensors that belong to its examples are indexed, other values kept."""
+    return {name: value[rows] if isinstance(value, Tensor) and value.ndim else value for name, value in cond.items()}
+
+
 @contextmanager
 def evaluating(model: Model) -> Iterator[None]:
     """The model in evaluation mode, without dropout, and every part of it back in its own mode after."""

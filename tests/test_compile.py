@@ -70,3 +70,18 @@ def test_loss_is_one_graph_and_equal_to_eager(model, weighting):
     expected.backward()
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(gradients, [p.grad for p in model.parameters()])
+
+
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+def test_likelihood_is_one_graph_for_each_number_of_probes_and_equal_to_eager(trace):
+    model, counter = build("eps"), CompileCounterWithBackend("aot_eager")
+    x = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    options = {"trace": trace, "probes": 4, "steps": 2, "nodes": 2, "atol": float("inf"), "rows": 5}
+    expected = sd.log_likelihood(model, x, **options)
+    result = sd.log_likelihood(model, x, compile=counter, **options)
+    # Float32, of a random network's 16 dimensions at a few nodes.
+    torch.testing.assert_close(result.log_prob, expected.log_prob, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(result.std_error, expected.std_error, rtol=1e-3, atol=1e-5)
+    assert torch.equal(result.nfe, expected.nfe)
+    # Of two probes for the pilot, and of two blocks of 2 to 16.
+    assert counter.frame_count == 1 if trace == "exact" else 1 <= counter.frame_count <= 5

@@ -261,7 +261,7 @@ def test_float32_follows_float64(ring):
         ({"trace": "exakt"}, "trace = 'exakt': must be one of hutchinson, exact"),
         ({"probe": "uniform"}, "probe = 'uniform': must be one of"),
         ({"t_min": 2.0}, r"t_min = 2.0 is outside the range \[0, 1.0\]"),
-        ({"t_min": 0.0}, "t_min = 0.0: there must be noise"),
+        ({"t_min": 0.0}, "t_min = 0.0: the noise is 0 there"),
         ({"t_min": 1.0}, "t_min = 1.0: .*below t_max"),
         ({"cond": {"label": torch.zeros(3)}}, "cond.*length 3"),
         ({"seed": -1}, "seed = -1"),

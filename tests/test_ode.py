@@ -272,3 +272,21 @@ def test_a_time_does_not_depend_on_its_place_in_the_batch(any_sde):
     for i in range(133):
         assert torch.equal(slope(y[:1], angles[i : i + 1])[0], together[i])
         assert torch.equal(seen[-1][0], seen[0][i])
+
+
+def test_a_walk_over_log_noise_is_the_flow(any_sde):
+    """N(0, 1/2): the scaled state in proportion to √(cos²θ/2 + sin²θ), in steps of 1/4, either way."""
+
+    def predict(x, t):
+        alpha, sigma = expand_to(any_sde.alpha(t), x), expand_to(any_sde.sigma(t), x)
+        whitened = x / (0.5 * alpha.square() + sigma.square())
+        return 0.5 * alpha * whitened, sigma * whitened
+
+    u = torch.linspace(-3, 3, 25, dtype=torch.float64)
+    for grid in (u, u.flip(0)):
+        std = torch.sqrt(1 - torch.sigmoid(-2 * grid) / 2)
+        y = std[0] * torch.tensor([[-2.0, 0.1], [0.5, 1.0]], dtype=torch.float64)
+        for i, step in enumerate(ProbabilityFlow(any_sde, predict).walk(y, grid.tolist())):
+            end, _ = step.at(torch.ones(2, dtype=torch.float64))
+            torch.testing.assert_close(end, y * std[i + 1] / std[0], rtol=0, atol=1e-5)
+        assert i == 23

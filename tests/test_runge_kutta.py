@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sde_diffusion import SolverError
-from sde_diffusion.runge_kutta import ERROR, INTERPOLANT, NODES, STAGES, _Tolerance, solve
+from sde_diffusion.runge_kutta import ERROR, INTERPOLANT, NODES, STAGES, _Tolerance, solve, walk
 from sde_diffusion.sde import expand_to
 
 FORWARDS, BACKWARDS = [0.0, 2.0], [2.0, 0.0]
@@ -271,3 +271,28 @@ def test_too_many_steps_are_an_error():
 def test_arguments_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         solve(wave(spread_rates(2)), draws(2, 2), **({"grid": FORWARDS} | options))
+
+
+def test_a_walk_is_of_order_five_and_its_polynomials_of_order_four():
+    """dx/ds = cos(s) x from exp(sin s); a derivative is of an order less."""
+    errors = []
+    for count in (8, 16):
+        grid = torch.linspace(0, 2, count + 1, dtype=torch.float64)
+        x = torch.tensor([[1.0], [-2.0]], dtype=torch.float64)
+        steps = list(walk(lambda x, s: torch.cos(s)[:, None] * x, x, grid.tolist()))
+        assert [float(step.s[0]) for step in steps] == grid[:-1].tolist()
+        assert [float(step.s_next[1]) for step in steps] == grid[1:].tolist()
+        worst = [0.0, 0.0, 0.0]
+        for step in steps:
+            for share in (0.0, 0.3, 0.7, 1.0):
+                state, rate = step.at(torch.full((2,), share, dtype=torch.float64))
+                s = step.s + share * (step.s_next - step.s)
+                exact = x * torch.exp(torch.sin(s))[:, None]
+                error = float((state - exact).abs().max())
+                worst[0 if share in (0.0, 1.0) else 1] = max(worst[0 if share in (0.0, 1.0) else 1], error)
+                worst[2] = max(worst[2], float((rate - torch.cos(s)[:, None] * exact).abs().max()))
+        errors.append(worst)
+    for coarse, fine, order in zip(*errors, (5, 4, 3), strict=True):
+        # An order more gains twice as much; half an order is allowed for what is left of higher terms.
+        assert coarse > 2 ** (order - 0.5) * fine
+    assert max(errors[1]) < 1e-3

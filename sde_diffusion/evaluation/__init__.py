@@ -18,6 +18,7 @@ from sde_diffusion.evaluation.metrics import (
     gaussian_frechet,
     kernel_distance,
 )
+from sde_diffusion.evaluation.typicality import RocArea, Typicality, roc_area, typicality
 
 __all__ = [
     "FEATURES",
@@ -26,6 +27,8 @@ __all__ = [
     "FrechetDistance",
     "Measure",
     "Moments",
+    "RocArea",
+    "Typicality",
     "UnbiasedDistance",
     "bound_measure",
     "energy_distance",
@@ -37,4 +40,6 @@ __all__ = [
     "kernel_distance",
     "likelihood_measure",
     "load_features",
+    "roc_area",
+    "typicality",
 ]

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sde_diffusion.model import Model, Prediction
+from sde_diffusion.model import Model, Prediction, take_cond
 from sde_diffusion.samplers.noise import StepNoise, Streams
 from sde_diffusion.sde import SDE
 
@@ -65,11 +65,7 @@ class Predict:
 
     def rows(self, indices: Tensor) -> Predict:
         """The same for the samples ``indices`` (B',) of the batch alone, who are counted apart."""
-        cond = {
-            name: value[indices] if isinstance(value, Tensor) and value.ndim else value
-            for name, value in self.cond.items()
-        }
-        part = Predict(self.model, cond)
+        part = Predict(self.model, take_cond(self.cond, indices))
         self._parts.append((indices, part.calls))
         return part
 

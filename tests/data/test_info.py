@@ -108,3 +108,24 @@ def test_continuous_data_have_no_codes():
 def test_bad_input_to_dequantize_is_refused(values, uniform, message):
     with pytest.raises(ValueError, match=message):
         DataInfo().dequantize(values, uniform)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("data", [DataInfo(), DataInfo(0.0, 1.0, bits=5), DataInfo(-0.5, 3.0, bits=1)], ids=str)
+def test_codes_are_on_their_lattice_and_dequantised_data_are_not(data, dtype):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(2**data.bits, (6, 1, 5, 5), generator=generator)
+    points = [data.points(values, kind, dtype) for kind in ("centres", "endpoints")]
+    lower_edges = data.points(values, "centres", dtype) - (data.high - data.low) / 2 ** (data.bits + 1)
+    for x in (*points, lower_edges):
+        assert bool(data.is_on_lattice(x).all())
+    x = data.dequantize(values, torch.rand(values.shape, generator=generator, dtype=dtype))
+    assert not bool(data.is_on_lattice(x).any())
+    # Each example by itself, and all values of it.
+    x[4], x[2, :, :, 1:] = points[0][4], points[0][2, :, :, 1:]
+    assert data.is_on_lattice(x).tolist() == [False, False, False, False, True, False]
+
+
+def test_continuous_data_have_no_lattice():
+    with pytest.raises(ValueError, match="continuous"):
+        DataInfo(bits=None).is_on_lattice(torch.zeros(2, 3))

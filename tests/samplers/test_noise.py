@@ -116,3 +116,16 @@ def test_step_noise_never_repeats_and_is_standard_normal():
     # Of each step with the next: across the ends of blocks as within them.
     following = (steps[1:] * steps[:-1]).mean()
     assert abs(float(following)) < 4 / math.sqrt(n)
+
+
+def test_streams_that_are_taken_go_on_where_they_are():
+    streams, alone = Streams(4, range(5)), Streams(4, [3])
+    streams.normal((2,))
+    alone.normal((2,))
+    part = streams.take([3, 1, 3])
+    assert len(part) == 3
+    drawn = part.normal((4,))
+    # A row that is there twice goes on from itself, and what is taken is not drawn again from the whole.
+    assert torch.equal(torch.cat([drawn[0], drawn[2]]), torch.cat([alone.normal((4,))[0], alone.normal((4,))[0]]))
+    assert torch.equal(streams.uniform((3,))[3], alone.uniform((3,))[0])
+    assert len(streams) == 5
