@@ -441,7 +441,7 @@ def likelihood() -> float:
 
 @formula(
     "E zᵀ(∂v)z = ∇·v: mean of estimates minus exact",
-    "test_likelihood.py::test_hutchinson_is_unbiased_and_its_standard_error_is_right",
+    "test_likelihood.py::test_hutchinson_is_unbiased_and_its_error_is_right",
     4,
     "s.e.",
 )

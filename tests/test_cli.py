@@ -174,7 +174,7 @@ def test_torchrun_gives_the_result_of_one_process(run, tmp_path):
 
 
 def test_likelihood_with_the_bounds_beside_it(run, tmp_path, capsys):
-    arguments = ["--bounds", "--count=3", "--steps=20", "--terms=4", f"--output={tmp_path}"]
+    arguments = ["--bounds", "--count=3", "--chain_steps=20", "--terms=4", f"--output={tmp_path}"]
     assert main(["likelihood", f"--workdir={run}", *arguments]) == 0
     printed = capsys.readouterr().out
     assert [line.split(";")[0] for line in re.findall(r"  (-log density.*|variational.*)", printed)] == [
