@@ -333,23 +333,37 @@ def _sizes(importance: Tensor, largest: int, probes: float) -> Tensor:
 
 
 def _meet(target: float, look: _Look, traces: _Traces, nodes: _Nodes, largest: int) -> None:
-    """Twice the probes where the most variance is left, until that of each example's integral is at most the target."""
+    """More probes until the variance of each example's integral is at most the target.
+
+    A rule stops where an estimate comes out small, and what it stops at is too small. Half of the probes are therefore
+    looked for by the rule, and as many again have no part in it.
+    """
     # By the pilot, whose probes are none of those that follow; no node's is so small that it is never looked at again.
     wanted = traces.importance(nodes).square()
     wanted = wanted + 0.01 * wanted.mean(1, keepdim=True)
+    _refine(2 * target, wanted, look, traces, nodes, largest)
+    for which, size, blocks in _kinds(traces, traces.size > 1):
+        traces.add(which, look(which, size, blocks))
+    _refine(target, wanted, look, traces, nodes, largest)
+
+
+def _refine(target: float, wanted: Tensor, look: _Look, traces: _Traces, nodes: _Nodes, largest: int) -> None:
+    """Twice the probes where the most variance is left, by what is ``wanted`` (B, K), until the target is met."""
     while bool((missed := traces.spread(nodes)[0] > target).any()):
         left = wanted / (traces.size * traces.blocks)
-        due = (missed[:, None] & (left >= left.mean(1, keepdim=True))).flatten()
-        size, blocks = traces.size.flatten().clone(), traces.blocks.flatten().clone()
-        for kind in torch.stack([size, blocks], 1)[due].unique(dim=0):
-            which, (probes, number) = (
-                (due & (size == kind[0]) & (blocks == kind[1])).nonzero()[:, 0],
-                kind.long().tolist(),
-            )
-            if probes < largest:
-                traces.update(which, look(which, 2 * probes, _BLOCKS), 2 * probes)
+        for which, size, blocks in _kinds(traces, missed[:, None] & (left >= left.mean(1, keepdim=True))):
+            if 2 * size <= largest and blocks == _BLOCKS:
+                traces.update(which, look(which, 2 * size, _BLOCKS), 2 * size)
             else:
-                traces.add(which, look(which, probes, number))
+                traces.add(which, look(which, size, blocks))
+
+
+def _kinds(traces: _Traces, due: Tensor) -> list[tuple[Tensor, int, int]]:
+    """Those of the nodes that are due (B, K), by the size of their blocks and the number of them."""
+    kinds = torch.stack([traces.size.flatten(), traces.blocks.flatten()], 1)
+    some = kinds[due.flatten()].unique(dim=0)
+    groups = [(due.flatten() & (kinds == kind).all(1)).nonzero()[:, 0] for kind in some]
+    return [(which, int(kind[0]), int(kind[1])) for which, kind in zip(groups, some, strict=True)]
 
 
 def _beside(values: Tensor) -> Tensor:

@@ -54,9 +54,8 @@ def test_exact_trace_gives_the_closed_form_of_the_density_at_t_min(mixture, any_
     assert torch.equal(upper, result.log_prob)
 
 
+@pytest.mark.parametrize("mixture", [2, 16, pytest.param(64, marks=pytest.mark.slow)], ids="{}d".format, indirect=True)
 def test_the_adaptive_method_gives_the_closed_form(mixture, any_sde):
-    if mixture.data_shape[0] == 64:
-        pytest.skip("what costs the most shows no more")
     model, x = mixture.under(any_sde), examples(mixture)[:4]
     result = sd.log_likelihood(model, x, trace="exact", method="adaptive")
     error = (result.log_prob - model.log_prob(x, result.t_min)).abs().mean() / x.shape[1]
