@@ -57,6 +57,8 @@ from sde_diffusion.sde import expand_to
 _MOST_STEPS = 1024
 # Independent blocks of probes a node: the fewest that have a spread.
 _BLOCKS = 2
+# By how much a variance is to be below a target, that the next estimate of it is so too, more often than not.
+_MARGIN = 1.5
 # Factors of proportion are looked for between 2^-60 and 2^60, to a part in 2^40.
 _LARGEST_LOG, _HALVINGS = 60.0, 47
 
@@ -258,17 +260,21 @@ def evaluate(
 
 @dataclass
 class _Traces:
-    """What is known of the trace at every node, (B, K) each: mean, sample variance, number and size of its blocks."""
+    """What is known of the trace at every node, (B, K) each.
+
+    Mean, number and size of its blocks; the variance of one block, and the degrees of freedom of that.
+    """
 
     mean: Tensor
     variance: Tensor
+    degrees: Tensor
     blocks: Tensor
     size: Tensor
 
     def spread(self, nodes: _Nodes) -> tuple[Tensor, Tensor]:
         """Variance (B,) of each example's integral, and its degrees of freedom; infinite ones if there is none."""
         parts = nodes.weight.square() * self.variance / self.blocks
-        variance, fourth = parts.sum(1), (parts.square() / (self.blocks + 1)).sum(1)
+        variance, fourth = parts.sum(1), (parts.square() / (self.degrees + 2)).sum(1)
         degrees = torch.where(fourth > 0, variance.square() / fourth - 2, math.inf)
         return variance, degrees.clamp(min=1)
 
@@ -278,21 +284,29 @@ class _Traces:
 
     def update(self, which: Tensor, estimates: Tensor, size: int) -> None:
         """Replace what is known of nodes ``which`` by blocks (n, blocks) of one size."""
-        for values, new in ((self.mean, estimates.mean(1)), (self.variance, estimates.var(1))):
-            values.view(-1)[which] = new
-        self.blocks.view(-1)[which], self.size.view(-1)[which] = float(estimates.shape[1]), float(size)
+        blocks = estimates.shape[1]
+        self._set(
+            which, mean=estimates.mean(1), variance=estimates.var(1), degrees=blocks - 1, blocks=blocks, size=size
+        )
 
     def add(self, which: Tensor, estimates: Tensor) -> None:
-        """Join as many blocks (n, blocks) again to those of nodes ``which``."""
-        mean, variance, blocks = (values.view(-1) for values in (self.mean, self.variance, self.blocks))
-        half, shift = blocks[which], estimates.mean(1) - mean[which]
-        squares = (variance[which] + estimates.var(1)) * (half - 1) + shift.square() * half / 2
-        mean[which], variance[which], blocks[which] = mean[which] + shift / 2, squares / (2 * half - 1), 2 * half
+        """Join as many blocks (n, blocks) again to those of nodes ``which``; their variance alone is that from now on.
+
+        The earlier ones' has decided whether there are to be more, and is small where there are not.
+        """
+        blocks = estimates.shape[1]
+        mean = (self.mean.flatten()[which] + estimates.mean(1)) / 2
+        self._set(which, mean=mean, variance=estimates.var(1), degrees=blocks - 1, blocks=2 * blocks)
+
+    def _set(self, which: Tensor, **values: Tensor | float) -> None:
+        for name, value in values.items():
+            getattr(self, name).view(-1)[which] = value
 
 
 def _exact(look: _Look) -> _Traces:
     mean = look.exact()
-    return _Traces(mean, torch.zeros_like(mean), torch.full_like(mean, _BLOCKS), torch.ones_like(mean))
+    ones = torch.ones_like(mean)
+    return _Traces(mean, torch.zeros_like(mean), ones, _BLOCKS * ones, ones)
 
 
 def _sample(look: _Look, nodes: _Nodes, plan: Plan, dimension: int) -> _Traces:
@@ -300,7 +314,8 @@ def _sample(look: _Look, nodes: _Nodes, plan: Plan, dimension: int) -> _Traces:
     everywhere = torch.arange(look.defect.numel(), device=look.defect.device)
     pilot = look(everywhere, 1, _BLOCKS).reshape(*look.defect.shape, _BLOCKS)
     ones = torch.ones_like(look.defect)
-    traces = _Traces(pilot.mean(2), pilot.var(2), _BLOCKS * ones, ones)
+    degrees, blocks = (_BLOCKS - 1) * ones, _BLOCKS * ones
+    traces = _Traces(pilot.mean(2), pilot.var(2), degrees, blocks, ones.clone())
     largest = min(LARGEST_BLOCK, 2 ** math.ceil(math.log2(dimension)))
     if plan.target_std_error is not None:
         _meet(plan.target_std_error**2, look, traces, nodes, largest)
@@ -335,14 +350,14 @@ def _sizes(importance: Tensor, largest: int, probes: float) -> Tensor:
 def _meet(target: float, look: _Look, traces: _Traces, nodes: _Nodes, largest: int) -> None:
     """More probes until the variance of each example's integral is at most the target.
 
-    A rule stops where an estimate comes out small, and what it stops at is too small. Half of the probes are therefore
-    looked for by the rule, and as many again have no part in it.
+    A rule stops where an estimate of the variance comes out small, and what it stops at is too small. Half of the
+    probes are therefore looked for by the rule, and the variance is that of as many again, which have no part in it.
     """
     # By the pilot, whose probes are none of those that follow; no node's is so small that it is never looked at again.
     wanted = traces.importance(nodes).square()
     wanted = wanted + 0.01 * wanted.mean(1, keepdim=True)
-    _refine(2 * target, wanted, look, traces, nodes, largest)
-    for which, size, blocks in _kinds(traces, traces.size > 1):
+    _refine(2 * target / _MARGIN, wanted, look, traces, nodes, largest)
+    for which, size, blocks in _kinds(traces, torch.ones_like(traces.size, dtype=torch.bool)):
         traces.add(which, look(which, size, blocks))
     _refine(target, wanted, look, traces, nodes, largest)
 

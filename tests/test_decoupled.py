@@ -286,17 +286,19 @@ def test_the_budget_is_used():
     shift=st.floats(-100, 100),
     seed=st.integers(0, 10**6),
 )
-def test_joined_blocks_are_as_all_of_them_at_once(blocks, times, shift, seed):
+def test_joined_blocks_have_the_mean_of_all_and_the_variance_of_the_last(blocks, times, shift, seed):
     estimates = torch.randn(3, blocks * 2**times, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     estimates[:, blocks:] += shift
     zeros = torch.zeros(2, 4, dtype=torch.float64)
-    traces = _Traces(zeros.clone(), zeros.clone(), zeros.clone(), zeros.clone())
+    traces = _Traces(*(zeros.clone() for _ in range(5)))
     which = torch.tensor([1, 4, 6])
     traces.update(which, estimates[:, :blocks], 8)
     for k in range(times):
         traces.add(which, estimates[:, blocks * 2**k : blocks * 2 ** (k + 1)])
     torch.testing.assert_close(traces.mean.flatten()[which], estimates.mean(1), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(traces.variance.flatten()[which], estimates.var(1), rtol=1e-10, atol=1e-10)
+    last = estimates[:, blocks * 2 ** (times - 1) :]
+    torch.testing.assert_close(traces.variance.flatten()[which], last.var(1), rtol=1e-10, atol=1e-10)
+    assert bool((traces.degrees.flatten()[which] == last.shape[1] - 1).all())
     assert bool((traces.blocks.flatten()[which] == blocks * 2**times).all())
     assert bool((traces.size.flatten()[which] == 8).all())
     # Others are as they were.
@@ -304,7 +306,8 @@ def test_joined_blocks_are_as_all_of_them_at_once(blocks, times, shift, seed):
 
 
 def traces_of(variance, blocks):
-    return _Traces(torch.zeros_like(variance), variance, torch.full_like(variance, blocks), torch.ones_like(variance))
+    zeros = torch.zeros_like(variance)
+    return _Traces(zeros, variance, zeros + (blocks - 1), zeros + blocks, zeros + 1)
 
 
 def of_weights(weight):
@@ -366,12 +369,13 @@ def test_beside_is_the_mean_over_the_nodes_of_the_other_parity(number):
 
 
 def test_meeting_a_target_leaves_examples_alone_that_have():
-    """Those that meet it take no more probes for those that do not."""
+    """Those that meet it take as many again, to say so, and no more for those that do not."""
     easy, hard = torch.full((1, NODES), 1e-6).double(), torch.full((1, NODES), 1.0).double()
     look = Known(torch.zeros(2, NODES).double(), torch.cat([easy, hard]), examples=2)
     nodes = of_weights(torch.full((NODES,), 0.1).double())
     pilot = look(torch.arange(2 * NODES), 1, 2).reshape(2, NODES, 2)
-    traces = _Traces(pilot.mean(2), pilot.var(2), torch.full((2, NODES), 2.0).double(), torch.ones(2, NODES).double())
+    ones = torch.ones(2, NODES).double()
+    traces = _Traces(pilot.mean(2), pilot.var(2), ones.clone(), 2 * ones, ones.clone())
     _meet(0.01**2 * 4, look, traces, nodes, 64)
-    assert look.products[0] == 2 * NODES
+    assert look.products[0] == 4 * NODES
     assert look.products[1] > 100 * NODES
