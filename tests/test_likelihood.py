@@ -142,16 +142,16 @@ def coverage(rotated, repeats, **options):
     return float(((lower <= exact) & (exact <= upper)).double().mean())
 
 
-@pytest.mark.parametrize("probes", [2, 6])
-def test_intervals_cover(rotated, probes):
-    assert abs(coverage(rotated, 400, probes=probes) - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 400)
+@pytest.mark.parametrize("options", [{"probes": 2}, {"probes": 6}, {"target_std_error": 0.8}], ids=str)
+def test_intervals_cover(rotated, options):
+    assert abs(coverage(rotated, 400, **options) - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 400)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("probe", PROBES)
-@pytest.mark.parametrize("probes", [2, 4, 8])
-def test_intervals_cover_in_a_thousand_repeats(rotated, probes, probe):
-    share = coverage(rotated, 1000, probes=probes, probe=probe, seed=1)
+@pytest.mark.parametrize("options", [{"probes": 2}, {"probes": 4}, {"probes": 8}, {"target_std_error": 0.8}], ids=str)
+def test_intervals_cover_in_a_thousand_repeats(rotated, options, probe):
+    share = coverage(rotated, 1000, probe=probe, seed=1, **options)
     assert abs(share - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 1000)
 
 
