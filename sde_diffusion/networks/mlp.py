@@ -1,6 +1,6 @@
 """A multilayer perceptron for data of few dimensions, such as points in the plane.
 
-    h_1 = A_1 [x, features(t)] + label embedding
+    h_1 = A_1 [x, features(t)] + embedding of the condition
     h_{k+1} = A_{k+1} φ(h_k), k = 1 .. depth - 1
     output = A φ(h_depth)
 
@@ -18,13 +18,13 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from sde_diffusion.networks.blocks import LabelEmbedding, SinusoidalEmbedding, check_inputs
+from sde_diffusion.networks.blocks import ConditionEmbedding, SinusoidalEmbedding, check_inputs
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
 
 
 class MLP(nn.Module):
-    """A network of data of any shape, flattened, called as network(x, t, label)."""
+    """A network of data of any shape, flattened, called as network(x, t, label, vector)."""
 
     def __init__(
         self,
@@ -36,6 +36,7 @@ class MLP(nn.Module):
         embedding: int = 64,
         classes: int = 0,
         out_channels: int | None = None,
+        vector: int = 0,
     ) -> None:
         """Build the network.
 
@@ -48,6 +49,7 @@ class MLP(nn.Module):
             embedding: number of sinusoidal time features, even and at least 4; 0 for time_scale * t alone.
             classes: number of class labels; 0 for a network that takes none.
             out_channels: length of the output's first axis; None for that of the data.
+            vector: length of the vector that each datum is conditioned on; 0 for none.
 
         Raises:
             ValueError: for an argument out of its range, or out_channels for data without an axis.
@@ -55,7 +57,12 @@ class MLP(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-        for name, least, value in (("width", 1, width), ("depth", 1, depth), ("classes", 0, classes)):
+        for name, least, value in (
+            ("width", 1, width),
+            ("depth", 1, depth),
+            ("classes", 0, classes),
+            ("vector", 0, vector),
+        ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}; got {value}")
         if embedding and (embedding < 4 or embedding % 2):
@@ -64,29 +71,27 @@ class MLP(nn.Module):
         if out_channels is not None and (out_channels < 1 or not len(data_shape)):
             raise ValueError(f"out_channels must be at least 1, for data with an axis; got {out_channels}")
 
-        self.data_shape, self.classes, self.time_scale = tuple(data_shape), classes, time_scale
+        self.data_shape, self.classes, self.vector, self.time_scale = tuple(data_shape), classes, vector, time_scale
         self.out_shape = self.data_shape if out_channels is None else (out_channels, *self.data_shape[1:])
         size = prod(self.data_shape)
         self.time_features = SinusoidalEmbedding(embedding, time_scale) if embedding else None
         self.input = nn.Linear(size + (embedding or 1), width)
-        if classes:
-            self.label_embedding = LabelEmbedding(classes, width)
+        self.condition = ConditionEmbedding(classes, vector, width)
         layers: list[nn.Module] = []
         for units in [width] * (depth - 1) + [prod(self.out_shape)]:
             layers += [ACTIVATIONS[activation](), nn.Linear(width, units)]
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """Data (B, *data_shape), times (B,) and labels (B,), where there are classes, to (B, *out_shape).
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, vector: Tensor | None = None) -> Tensor:
+        """Data (B, *data_shape), times (B,) and conditions, where it has them, to (B, *out_shape).
 
-        A label in [0, classes) names a class; None for the batch, or `classes` for a datum, means no label.
+        A label (B,) in [0, classes) names a class; None for the batch, or `classes` for a datum, means no label. The
+        vectors are (B, vector); None means zeros.
 
         Raises:
             ValueError: if a shape is wrong, or for a label without classes.
         """
-        check_inputs(x, t, label, self.data_shape, self.classes)
+        check_inputs(self, x, t, label, vector)
         time = self.time_scale * t[:, None] if self.time_features is None else self.time_features(t)
         h = self.input(torch.cat([x.reshape(len(x), prod(self.data_shape)), time.to(x.dtype)], dim=1))
-        if self.classes:
-            h = h + self.label_embedding(label)
-        return self.layers(h).reshape(len(x), *self.out_shape)
+        return self.layers(h + self.condition(label, vector)).reshape(len(x), *self.out_shape)

@@ -1,4 +1,4 @@
-"""The U-Net of DDPM (Ho, Jain & Abbeel 2020, app. B; after Ronneberger et al. 2015 and PixelCNN++).
+"""The U-Net of DDPM and its successors (Ho, Jain & Abbeel 2020, app. B; after Ronneberger et al. 2015).
 
     down     at each level blocks_per_level residual blocks, then a halving of height and width
     middle   residual block, self-attention, residual block at the coarsest level
@@ -6,48 +6,239 @@
              each block is also fed one feature map of the way down, the last made first
 
 Level l has base_channels * channel_multipliers[l] channels. Every residual block is told the time, and the
-label if the network has classes, through one embedding of 4 * base_channels numbers. The default arguments
-with data_shape (3, 32, 32) are DDPM's network for CIFAR-10, 35.7 million parameters.
+condition if there is one, through one embedding of 4 * base_channels numbers. The default arguments with
+data_shape (3, 32, 32) are DDPM's network for CIFAR-10, 35.7 million parameters, but for where its strided
+convolutions are centred; `published.PUBLISHED` has the arguments of DDPM, DDPM++, NCSN++, improved DDPM and ADM.
+
+With progressive input the image itself, halved level by level, is added to the features; with progressive output
+the image is a sum of parts, each doubled to the next level (Karras et al. 2020; Song et al. 2021, app. H).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sde_diffusion.networks.blocks import (
+    INITIALISATIONS,
+    ConditionEmbedding,
     Downsample,
+    FilteredDownsample,
+    FourierEmbedding,
     GroupNorm,
-    LabelEmbedding,
+    NearestConvolution,
+    Norm,
     ResidualBlock,
     SelfAttention,
     SinusoidalEmbedding,
-    Upsample,
     check_inputs,
-    zeroed,
+    convolution,
+    double,
+    halve,
+    initialise,
+    norm_silu,
+    residual_sum,
+    to_channels_last,
 )
+
+_IN_BLOCK = ("average", "fir")
+
+_TIME_FEATURES: dict[str, Callable[[int, float], nn.Module]] = {
+    "ddpm": SinusoidalEmbedding,
+    "transformer": partial(SinusoidalEmbedding, endpoint=False),
+    "fourier": FourierEmbedding,
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "time_features": tuple(_TIME_FEATURES),
+    "resampling": ("conv", "conv_shifted", "average", "fir"),
+    "up_attention": ("every", "last"),
+    "progressive_input": ("none", "skip", "residual"),
+    "progressive_output": ("none", "skip"),
+    "initialisation": INITIALISATIONS,
+}
 
 
 class Stage(nn.Module):
-    """A residual block and the modules that follow it: attention, upsampling, both or neither."""
+    """A block, self-attention after it, and what it takes from an image or adds to one."""
 
-    def __init__(self, residual: ResidualBlock, *after: nn.Module) -> None:
-        """Join the modules."""
+    def __init__(self, block: nn.Module, attention: nn.Module | None = None, takes_skip: bool = False) -> None:
+        """Join the modules; `takes_skip` says whether it is fed a feature map of the way down."""
         super().__init__()
-        self.residual, self.after = residual, nn.Sequential(*after)
+        self.block: Any = block
+        self.attention, self.takes_skip = attention, takes_skip
+        self.image: Any = None
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Images (B, C, H, W) and embedding (B, E) to images."""
-        return self.after(self.residual(x, embedding))
+    def forward(self, x: Tensor, embedding: Tensor, skip: Tensor | None) -> Tensor:
+        """Features (B, C, H, W), the block's part of the embedding (B, E) and a feature map, or None, to features."""
+        x = self.block(x if skip is None else torch.cat([x, skip], dim=1), embedding)
+        return x if self.attention is None else self.attention(x)
+
+
+class ImageInput(nn.Module):
+    """Halves the image and adds it to the features; in a residual pyramid the sum then takes the place of the image."""
+
+    def __init__(
+        self, axes: int, image_channels: int, channels: int, *, resampling: str, residual: bool, rescale: bool
+    ) -> None:
+        """Make the convolution, of size 1 after the halving, or in a residual pyramid of size 3 and part of it."""
+        super().__init__()
+        self.resampling, self.residual, self.rescale = resampling, residual, rescale
+        self.conv = (
+            FilteredDownsample(axes, image_channels, channels, resampling)
+            if residual
+            else convolution(axes, image_channels, channels, 1)
+        )
+
+    def forward(self, x: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, C, H, W) and the image at twice their size to features and the image at their size."""
+        if self.residual:
+            x = residual_sum(x, self.conv(image), self.rescale)
+            return x, x
+        image = halve(image, self.resampling)
+        return x + self.conv(image), image
+
+
+class ImageOutput(nn.Module):
+    """The image that the features hold, added to the doubled one of the coarser level if there is one."""
+
+    def __init__(self, axes: int, channels: int, image_channels: int, *, resampling: str, norm: Norm) -> None:
+        """Make the normalisation and the convolution, which starts at zero."""
+        super().__init__()
+        self.resampling = resampling
+        self.norm = norm(channels)
+        self.conv = convolution(axes, channels, image_channels)
+
+    def forward(self, x: Tensor, image: Tensor | None) -> Tensor:
+        """Features (B, C, H, W) and an image of half their size, or None, to an image."""
+        part = self.conv(norm_silu(self.norm, x))
+        return part if image is None else double(image, self.resampling) + part
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """What all layers of a U-Net have in common; the arguments are those of ``UNet``."""
+
+    axes: int
+    heads: int
+    head_channels: int | None
+    resampling: str
+    rescale: bool
+    norm: Norm
+    of_blocks: dict[str, Any]
+
+    def residual(self, channels_in: int, channels_out: int, resample: str | None = None) -> ResidualBlock:
+        """A residual block."""
+        return ResidualBlock(
+            self.axes,
+            channels_in,
+            channels_out,
+            resample=resample,
+            resampling=self.resampling,
+            rescale=self.rescale,
+            norm=self.norm,
+            **self.of_blocks,
+        )
+
+    def attention(self, width: int) -> SelfAttention:
+        """Self-attention."""
+        heads = width // self.head_channels if self.head_channels else self.heads
+        return SelfAttention(self.axes, width, heads, rescale=self.rescale, norm=self.norm)
+
+    def halving(self, width: int) -> nn.Module:
+        """What leads from a level to the coarser one."""
+        if self.resampling in _IN_BLOCK:
+            return self.residual(width, width, "down")
+        return Downsample(self.axes, width, shifted=self.resampling == "conv_shifted")
+
+    def doubling(self, width: int) -> nn.Module:
+        """What leads from a level to the finer one."""
+        return (
+            self.residual(width, width, "up")
+            if self.resampling in _IN_BLOCK
+            else NearestConvolution(self.axes, width, width)
+        )
+
+    def way_down(
+        self,
+        image_channels: int,
+        width: int,
+        widths: Sequence[int],
+        attends: Sequence[bool],
+        blocks: int,
+        progressive_input: str,
+    ) -> tuple[list[Stage], list[int]]:
+        """The stages of the way down, and the channels of every feature map that it leaves for the way up."""
+        stages: list[Stage] = []
+        skips = [width]
+        for level, level_width in enumerate(widths):
+            if level:
+                stage = Stage(self.halving(width))
+                if progressive_input != "none":
+                    is_residual = progressive_input == "residual"
+                    stage.image = ImageInput(
+                        self.axes,
+                        image_channels,
+                        width,
+                        resampling=self.resampling,
+                        residual=is_residual,
+                        rescale=self.rescale,
+                    )
+                    image_channels = width if is_residual else image_channels
+                stages.append(stage)
+                skips.append(width)
+            for _ in range(blocks):
+                attention = self.attention(level_width) if attends[level] else None
+                stages.append(Stage(self.residual(width, level_width), attention))
+                width = level_width
+                skips.append(width)
+        return stages, skips
+
+    def way_up(
+        self,
+        image_channels: int,
+        skips: Sequence[int],
+        widths: Sequence[int],
+        attends: Sequence[bool],
+        only_last_attends: bool,
+        is_progressive: bool,
+    ) -> list[Stage]:
+        """The stages of the way up, of which each but the doublings takes the last of the feature maps in `skips`."""
+        stages: list[Stage] = []
+        skips, width = list(skips), widths[-1]
+        blocks = len(skips) // len(widths)
+        for level, level_width in reversed(list(enumerate(widths))):
+            for block in range(blocks):
+                has_attention = attends[level] and (block == blocks - 1 or not only_last_attends)
+                stage = Stage(
+                    self.residual(width + skips.pop(), level_width),
+                    self.attention(level_width) if has_attention else None,
+                    takes_skip=True,
+                )
+                width = level_width
+                stages.append(stage)
+            if level == 0 or is_progressive:
+                stage.image = ImageOutput(self.axes, width, image_channels, resampling=self.resampling, norm=self.norm)
+            if level:
+                stages.append(Stage(self.doubling(width)))
+        return stages
 
 
 class UNet(nn.Module):
-    """A network of images, called as network(x, t, label); it starts out as the zero function.
+    """A network of images, called as network(x, t, label, vector); it starts out as the zero function.
 
-    Inside, and in what it returns, images are in the memory order of torch.channels_last. Under autocast the
-    answer has autocast's dtype.
+    Inside, and in what it returns, images are in the memory order of torch.channels_last, and so are its weights,
+    whose gradients then need no copy. Under autocast the answer has autocast's dtype.
     """
+
+    # Lists of `Stage`, which is more than the type of their entries tells.
+    down: Any
+    middle: Any
+    up: Any
 
     def __init__(
         self,
@@ -62,119 +253,189 @@ class UNet(nn.Module):
         heads: int = 1,
         groups: int | None = None,
         out_channels: int | None = None,
+        *,
+        vector: int = 0,
+        head_channels: int | None = None,
+        time_features: str = "ddpm",
+        resampling: str = "conv",
+        project_resampled: bool = False,
+        scale_shift: bool = False,
+        rescale: bool = False,
+        up_attention: str = "every",
+        progressive_input: str = "none",
+        progressive_output: str = "none",
+        norm_epsilon: float = 1e-6,
+        initialisation: str = "fan_average",
+        checkpointing: bool = False,
     ) -> None:
         """Build the network.
 
         Args:
-            data_shape: (C, H, W); H and W must be divisible by 2 ** (levels - 1).
+            data_shape: (C, L), (C, H, W) or (C, D, H, W); every length must be divisible by 2 ** (levels - 1).
             base_channels: channels at the first level, even and at least 4; heads and groups must divide it.
             channel_multipliers: channels of each level, as multiples of base_channels.
             blocks_per_level: residual blocks of a level on the way down; the way up has one more.
-            attention_resolutions: heights of the feature maps whose residual blocks are followed by
+            attention_resolutions: heights (the first axis) of the feature maps whose residual blocks are followed by
                 self-attention; the middle has it always.
             dropout: probability of a zero before the last convolution of a residual block.
             classes: number of class labels; 0 for a network that takes none.
-            time_scale: factor on t before the sinusoidal embedding; 1000 suits times in [0, 1].
+            time_scale: factor on t before its features; 1000 suits times in [0, 1] with sinusoidal ones.
             heads: heads of every self-attention.
             groups: groups of every group normalisation; None for the rule of `blocks.GroupNorm`.
             out_channels: channels of the output; None for those of the data.
+            vector: length of the vector that each image is conditioned on; 0 for none.
+            head_channels: channels of every head, in place of their number.
+            time_features: "ddpm" or "transformer", sinusoids with the frequencies of `SinusoidalEmbedding`, with or
+                without its endpoint; or "fourier", with those of `FourierEmbedding`.
+            resampling: "conv" or "conv_shifted", by layers of their own, `Downsample` and `NearestConvolution`; or
+                "average" or "fir", within residual blocks, as these resample.
+            project_resampled: whether a residual block that resamples has a convolution in its skip.
+            scale_shift: whether the embedding scales and shifts a residual block's normalised features.
+            rescale: whether every sum of a block and its skip is divided by √2.
+            up_attention: "every" or "last", after which blocks of a level of the way up self-attention is.
+            progressive_input: "none", "skip" or "residual", how the halved image is added to the features.
+            progressive_output: "none", or "skip" for an image at every level, each added to the doubled one before.
+            norm_epsilon: what every group normalisation adds to the variance.
+            initialisation: "fan_average" (DDPM), "fan_average_small_attention" (DDPM++) or "torch" (ADM), see
+                `blocks.initialise`.
+            checkpointing: whether training keeps the input of each block alone, and computes the rest again.
 
         Raises:
             ValueError: for arguments that do not fit together.
         """
         super().__init__()
-        self.data_shape, self.classes = tuple(data_shape), classes
-        if out_channels is not None and out_channels < 1:
-            raise ValueError(f"out_channels must be at least 1; got {out_channels}")
+        self.data_shape, self.classes, self.vector = tuple(data_shape), classes, vector
+        self.checkpointing = checkpointing
         heights = _heights(self.data_shape, len(channel_multipliers))
-        if absent := sorted(set(attention_resolutions) - set(heights)):
-            raise ValueError(f"attention_resolutions must be among the heights {heights} of the levels; got {absent}")
+        _check_choices(
+            time_features=time_features,
+            resampling=resampling,
+            up_attention=up_attention,
+            progressive_input=progressive_input,
+            progressive_output=progressive_output,
+            initialisation=initialisation,
+        )
+        _check_at_least(
+            blocks_per_level=(blocks_per_level, 1),
+            channel_multipliers=(min(channel_multipliers), 1),
+            classes=(classes, 0),
+            vector=(vector, 0),
+            out_channels=(1 if out_channels is None else out_channels, 1),
+        )
         if base_channels < 4 or base_channels % 2:
             raise ValueError(f"base_channels must be even and at least 4; got {base_channels}")
-        for name, divisor in (("heads", heads), ("groups", 1 if groups is None else groups)):
-            if divisor < 1 or base_channels % divisor:
-                raise ValueError(f"{name} must divide base_channels, {base_channels}; got {divisor}")
-        for name, least, value in (
-            ("blocks_per_level", 1, blocks_per_level),
-            ("channel_multipliers", 1, min(channel_multipliers)),
-            ("classes", 0, classes),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}; got {value}")
+        if absent := sorted(set(attention_resolutions) - set(heights)):
+            raise ValueError(f"attention_resolutions must be among the heights {heights} of the levels; got {absent}")
+        widths = [base_channels * multiplier for multiplier in channel_multipliers]
+        attends = [height in attention_resolutions for height in heights]
+        _check_divisors(widths, attends, base_channels, heads, head_channels, groups)
 
+        layers = _Layers(
+            len(self.data_shape) - 1,
+            heads,
+            head_channels,
+            resampling,
+            rescale,
+            partial(GroupNorm, groups=groups, epsilon=norm_epsilon),
+            {"dropout": dropout, "project_resampled": project_resampled, "scale_shift": scale_shift},
+        )
         embedding_channels = 4 * base_channels
-        self.time_features = SinusoidalEmbedding(base_channels, time_scale)
+        feature_channels = 2 * base_channels if time_features == "fourier" else base_channels
+        self.time_features = _TIME_FEATURES[time_features](feature_channels, time_scale)
         self.time_embedding = nn.Sequential(
-            nn.Linear(base_channels, embedding_channels),
+            nn.Linear(feature_channels, embedding_channels),
             nn.SiLU(),
             nn.Linear(embedding_channels, embedding_channels),
         )
-        if classes:
-            self.label_embedding = LabelEmbedding(classes, embedding_channels)
+        self.condition = ConditionEmbedding(classes, vector, embedding_channels)
+        self.stem = convolution(layers.axes, self.data_shape[0], base_channels)
+        down, skips = layers.way_down(
+            self.data_shape[0], base_channels, widths, attends, blocks_per_level, progressive_input
+        )
+        width = widths[-1]
+        middle = [Stage(layers.residual(width, width), layers.attention(width)), Stage(layers.residual(width, width))]
+        image_channels = self.data_shape[0] if out_channels is None else out_channels
+        up = layers.way_up(image_channels, skips, widths, attends, up_attention == "last", progressive_output != "none")
+        self.down, self.middle, self.up = nn.ModuleList(down), nn.ModuleList(middle), nn.ModuleList(up)
+        self._sizes = [stage.block.embedding_channels for stage in [*down, *middle, *up]]
+        self.projection = nn.Linear(embedding_channels, sum(self._sizes))
 
-        def stage(channels_in: int, channels_out: int, attend: bool, upsample: bool = False) -> Stage:
-            after: list[nn.Module] = []
-            if attend:
-                after.append(SelfAttention(channels_out, heads, groups))
-            if upsample:
-                after.append(Upsample(channels_out))
-            return Stage(ResidualBlock(channels_in, channels_out, embedding_channels, dropout, groups), *after)
+        outputs = [stage.image.conv for stage in up if stage.image is not None]
+        initialise(self, initialisation, outputs, joined={self.projection: self._sizes})
+        for parameter in self.parameters():
+            parameter.data = to_channels_last(parameter.data)
 
-        levels = [
-            (base_channels * multiplier, height in attention_resolutions)
-            for multiplier, height in zip(channel_multipliers, heights, strict=True)
-        ]
-        self.stem = nn.Conv2d(self.data_shape[0], base_channels, 3, padding=1)
-        width = base_channels
-        skips = [width]
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, vector: Tensor | None = None) -> Tensor:
+        """Images (B, C, H, W), times (B,) and conditions, where it has them, to (B, out_channels, H, W).
 
-        self.down = nn.ModuleList()
-        for level, (level_width, attend) in enumerate(levels):
-            if level:
-                self.down.append(Downsample(width))
-                skips.append(width)
-            for _ in range(blocks_per_level):
-                self.down.append(stage(width, level_width, attend))
-                width = level_width
-                skips.append(width)
-
-        self.middle = nn.ModuleList([stage(width, width, attend=True), stage(width, width, attend=False)])
-
-        self.up = nn.ModuleList()
-        for level, (level_width, attend) in reversed(list(enumerate(levels))):
-            for block in range(blocks_per_level + 1):
-                upsample = level > 0 and block == blocks_per_level
-                self.up.append(stage(width + skips.pop(), level_width, attend, upsample))
-                width = level_width
-
-        channels = self.data_shape[0] if out_channels is None else out_channels
-        self.head = nn.Sequential(GroupNorm(width, groups), nn.SiLU(), zeroed(nn.Conv2d(width, channels, 3, padding=1)))
-
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """Images (B, C, H, W), times (B,) and labels (B,), where there are classes, to (B, out_channels, H, W).
-
-        A label in [0, classes) names a class; None for the batch, or `classes` for an image, means no label.
+        A label (B,) in [0, classes) names a class; None for the batch, or `classes` for an image, means no label. The
+        vectors are (B, vector); None means zeros.
 
         Raises:
             ValueError: if a shape is wrong, or for a label without classes.
         """
-        check_inputs(x, t, label, self.data_shape, self.classes)
-        embedding = self.time_embedding(self.time_features(t).to(x.dtype))
-        if self.classes:
-            embedding = embedding + self.label_embedding(label)
-        # Each residual block applies silu and its own linear layer; silu is the same for all.
-        embedding = F.silu(embedding)
+        check_inputs(self, x, t, label, vector)
+        embedding = self.time_embedding(self.time_features(t).to(x.dtype)) + self.condition(label, vector)
+        # What each block takes of the embedding is a linear function of its own: all of them are one product.
+        embeddings = iter(self.projection(F.silu(embedding)).split(self._sizes, dim=1))
 
-        x = self.stem(x.to(memory_format=torch.channels_last))
+        image = x = to_channels_last(x)
+        x = self.stem(x)
         skips = [x]
-        for block in self.down:
-            x = block(x, embedding)
+        for stage in self.down:
+            x = self._run(stage, x, next(embeddings))
+            if stage.image is not None:
+                x, image = stage.image(x, image)
             skips.append(x)
-        for block in self.middle:
-            x = block(x, embedding)
-        for block in self.up:
-            x = block(torch.cat([x, skips.pop()], dim=1), embedding)
-        return self.head(x)
+        for stage in self.middle:
+            x = self._run(stage, x, next(embeddings))
+        output: Any = None
+        for stage in self.up:
+            x = self._run(stage, x, next(embeddings), skips.pop() if stage.takes_skip else None)
+            if stage.image is not None:
+                output = stage.image(x, output)
+        return output
+
+    def _run(self, stage: Stage, x: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Any:
+        if self.checkpointing and self.training:
+            return checkpoint(stage, x, embedding, skip, use_reentrant=False)
+        return stage(x, embedding, skip)
+
+
+def _check_choices(**chosen: str) -> None:
+    """Refuse a choice that there is not, or a progressive image with layers that cannot resample one."""
+    for name, choice in chosen.items():
+        if choice not in _CHOICES[name]:
+            raise ValueError(f"{name} must be one of {', '.join(_CHOICES[name])}; got {choice!r}")
+        if name.startswith("progressive") and choice != "none" and chosen["resampling"] not in _IN_BLOCK:
+            raise ValueError(f"{name} must be none with resampling {chosen['resampling']!r}; got {choice!r}")
+
+
+def _check_at_least(**bounds: tuple[int, int]) -> None:
+    """Refuse a value, the first of each pair, below the second."""
+    for name, (value, least) in bounds.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}; got {value}")
+
+
+def _check_divisors(
+    widths: Sequence[int],
+    attends: Sequence[bool],
+    base_channels: int,
+    heads: int,
+    head_channels: int | None,
+    groups: int | None,
+) -> None:
+    """Refuse heads and groups that do not divide the channels they are of."""
+    if head_channels is not None and heads != 1:
+        raise ValueError(f"heads must be left at 1 where head_channels is given; got {heads}")
+    for name, divisor in (("heads", heads), ("groups", 1 if groups is None else groups)):
+        if divisor < 1 or base_channels % divisor:
+            raise ValueError(f"{name} must divide base_channels, {base_channels}; got {divisor}")
+    attended = {width for width, has_attention in zip(widths, attends, strict=True) if has_attention} | {widths[-1]}
+    for width in sorted(attended):
+        if head_channels is not None and (head_channels < 1 or width % head_channels):
+            raise ValueError(f"head_channels must divide the channels of every attention, {width}; got {head_channels}")
 
 
 def _heights(data_shape: tuple[int, ...], levels: int) -> list[int]:
@@ -182,8 +443,9 @@ def _heights(data_shape: tuple[int, ...], levels: int) -> list[int]:
     if not levels:
         raise ValueError("channel_multipliers must name at least one level; got none")
     divisor = 2 ** (levels - 1)
-    if len(data_shape) != 3 or min(data_shape) < 1 or any(size % divisor for size in data_shape[1:]):
+    if len(data_shape) not in (2, 3, 4) or min(data_shape) < 1 or any(size % divisor for size in data_shape[1:]):
         raise ValueError(
-            f"data_shape must be (C, H, W) with H and W divisible by {divisor}, for {levels} levels; got {data_shape}"
+            "data_shape must be (C, L), (C, H, W) or (C, D, H, W) with lengths divisible by "
+            f"{divisor}, for {levels} levels; got {data_shape}"
         )
     return [data_shape[1] // 2**level for level in range(levels)]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from sde_diffusion.networks.mlp import ACTIVATIONS, MLP
 
@@ -40,16 +41,45 @@ def test_the_tutorial_network():
     torch.testing.assert_close(network(x, t), h @ weights[-2].T + weights[-1])
 
 
-def test_time_and_label_matter_and_none_is_the_null_label():
+@pytest.mark.parametrize("embedding", [0, 8])
+def test_the_condition_is_added_to_the_first_layer(embedding):
     torch.manual_seed(0)
-    network = MLP((2,), classes=3)
+    network = MLP((2,), width=16, depth=2, embedding=embedding, classes=3, vector=4, time_scale=10.0)
     x, t = inputs()
-    label = torch.tensor([0, 1, 2, 0, 1])
-    output = network(x, t, label)
-    for other in (network(x, t + 0.1, label), network(x, t, (label + 1) % 3)):
+    label, vector = torch.tensor([0, 1, 2, 3, 1]), torch.randn(5, 4)
+    time = 10 * t[:, None] if embedding == 0 else network.time_features(t)
+    h = torch.cat([x, time], dim=1) @ network.input.weight.T + network.input.bias
+    h = h + network.condition.table.weight[label] + vector @ network.condition.linear.weight.T
+    for layer in (network.layers[1], network.layers[3]):
+        h = torch.nn.functional.silu(h) @ layer.weight.T + layer.bias
+    torch.testing.assert_close(network(x, t, label, vector), h)
+
+
+def test_time_label_and_vector_matter_and_none_is_the_null_one():
+    torch.manual_seed(0)
+    network = MLP((2,), classes=3, vector=2)
+    x, t = inputs()
+    label, vector = torch.tensor([0, 1, 2, 0, 1]), torch.randn(5, 2)
+    output = network(x, t, label, vector)
+    for other in (
+        network(x, t + 0.1, label, vector),
+        network(x, t, (label + 1) % 3, vector),
+        network(x, t, label, vector + 0.5),
+    ):
         assert ((other - output).abs().amax(dim=1) > 1e-4).all()
-    torch.testing.assert_close(network(x, t), network(x, t, torch.full((5,), 3)))
-    assert not torch.allclose(network(x, t), output)
+    null, zeros = torch.full((5,), 3), torch.zeros(5, 2)
+    for given, meant in (((None, vector), (null, vector)), ((label, None), (label, zeros)), ((), (null, zeros))):
+        torch.testing.assert_close(network(x, t, *given), network(x, t, *meant))
+        assert not torch.allclose(network(x, t, *given), output)
+
+
+def test_every_parameter_has_a_gradient():
+    torch.manual_seed(0)
+    network, (x, t) = MLP((2,), classes=3, vector=2), inputs()
+    network(x, t, torch.tensor([0, 1, 2, 3, 1]), torch.ones(5, 2)).square().mean().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
 
 
 def test_float64_agrees_with_float32():
@@ -73,18 +103,15 @@ def test_forward_and_reverse_derivatives_agree():
 
 
 def test_compiles_whole_and_once():
-    network, compilations = MLP((2,), classes=3), []
-
-    def backend(graph, example_inputs):
-        compilations.append(graph)
-        return graph.forward
-
+    network, counter = MLP((2,), classes=3, vector=2), CompileCounterWithBackend("eager")
     torch._dynamo.reset()
-    compiled = torch.compile(network, fullgraph=True, backend=backend)
+    compiled = torch.compile(network, fullgraph=True, backend=counter)
     x, t = inputs()
-    torch.testing.assert_close(compiled(x, t), network(x, t), rtol=0, atol=0)
-    compiled(x + 1, t / 2)
-    assert len(compilations) == 1
+    label, vector = torch.tensor([0, 1, 2, 3, 1]), torch.ones(5, 2)
+    for change in (0.0, 0.1, 0.2):
+        given = (x + change, t - change, label, vector - change)
+        torch.testing.assert_close(compiled(*given), network(*given), rtol=0, atol=0)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize(
@@ -94,6 +121,7 @@ def test_compiles_whole_and_once():
         ({"width": 0}, "width must be at least 1; got 0"),
         ({"depth": 0}, "depth must be at least 1; got 0"),
         ({"classes": -1}, "classes must be at least 0; got -1"),
+        ({"vector": -1}, "vector must be at least 0; got -1"),
         ({"embedding": 2}, "embedding must be 0, or even and at least 4; got 2"),
         ({"embedding": 7}, "embedding must be 0, or even and at least 4; got 7"),
         ({"out_channels": 0}, "out_channels must be at least 1, for data with an axis; got 0"),
@@ -106,7 +134,7 @@ def test_bad_arguments_are_named(options, message):
 
 
 def test_bad_inputs_are_named():
-    network = MLP((2,))
+    network, conditional = MLP((2,)), MLP((2,), classes=3, vector=4)
     x, t = inputs()
     with pytest.raises(ValueError, match=r"x must be \(B, \*data_shape\) with data_shape \(2,\); got \(5, 1\)"):
         network(x[:, :1], t)
@@ -114,3 +142,16 @@ def test_bad_inputs_are_named():
         network(x, t[0])
     with pytest.raises(ValueError, match="label must be None"):
         network(x, t, torch.zeros(5, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"label must be \(5,\), one label for each x; got \(5, 1\)"):
+        conditional(x, t, torch.zeros(5, 1, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"vector must be \(5, 4\), a row for each x; got \(4,\)"):
+        conditional(x, t, None, torch.zeros(4))
+    with pytest.raises(ValueError, match="vector must be"):
+        network(x, t, None, torch.zeros(5, 4))
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_a_label_out_of_range_is_named(label):
+    x, t = inputs()
+    with pytest.raises(RuntimeError, match=r"label must be in \[0, 3\], where 3 means no label"):
+        MLP((2,), classes=3)(x, t, torch.full((5,), label))
