@@ -1,8 +1,8 @@
 """Networks by name.
 
-Each is called as network(x, t, label=None) with x (B, *data_shape), t (B,) and label (B,) int64 or None, and
-answers in the shape of x, or with out_channels in place of its channels. A new network is a class whose first
-argument is data_shape, and one line in `NETWORKS`.
+Each is called as network(x, t, label=None, vector=None) with x (B, *data_shape), t (B,), label (B,) int64 or None and
+vector (B, V) or None, and answers in the shape of x, or with out_channels in place of its channels. A new network is a
+class whose first argument is data_shape, and one line in `NETWORKS`.
 """
 
 import inspect
@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from sde_diffusion.networks.dit import DiT
 from sde_diffusion.networks.mlp import MLP
 from sde_diffusion.networks.unet import UNet
 
-NETWORKS: dict[str, type[nn.Module]] = {"mlp": MLP, "unet": UNet}
+NETWORKS: dict[str, type[nn.Module]] = {"dit": DiT, "mlp": MLP, "unet": UNet}
 
 
 def build_network(name: str, data_shape: Sequence[int], **options: Any) -> nn.Module:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sde_diffusion.networks import MLP, UNet, build_network
+from sde_diffusion.networks import MLP, DiT, UNet, build_network
 
 
 def test_builds_by_name_with_lists_or_tuples():
@@ -17,10 +17,11 @@ def test_builds_by_name_with_lists_or_tuples():
         assert isinstance(network, UNet)
         assert network.data_shape == (1, 8, 8)
     assert isinstance(build_network("mlp", (2,), width=8), MLP)
+    assert isinstance(build_network("dit", [1, 8, 8], width=8, depth=1, heads=1), DiT)
 
 
 def test_unknown_names_are_listed_with_the_known():
-    with pytest.raises(ValueError, match="network must be one of mlp, unet; got 'resnet'"):
+    with pytest.raises(ValueError, match="network must be one of dit, mlp, unet; got 'resnet'"):
         build_network("resnet", (2,))
     with pytest.raises(ValueError, match="unknown option channels of network 'mlp'; it has width, depth"):
         build_network("mlp", (2,), channels=8)
