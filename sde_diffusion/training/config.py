@@ -26,12 +26,19 @@ class ConfigError(ValueError):
 
 
 class Sections(ConfigDict):
-    """A ConfigDict in which a name can stand for a section: ``config.sde = "ve"`` is ``named("ve")``."""
+    """A ConfigDict in which a name can stand for a section: ``config.sde = "ve"`` is ``named("ve")``.
+
+    A section that names a class or function gets all its options, so that each of them can be set afterwards.
+    """
 
     def __setitem__(self, key: str, value: Any) -> None:
         """Set a field; a section by its name too. Sections within are of this class."""
         if isinstance(value, str) and isinstance(self.get(key), ConfigDict):
             value = named(value)
+        if key in _NAMED_FIELDS and isinstance(value, dict | ConfigDict):
+            # What is wrong with it is said when the config is resolved, with all else.
+            with contextlib.suppress(ConfigError):
+                value = _section(_NAMED_FIELDS[key], dict(value))
         super().__setitem__(key, Sections(value) if isinstance(value, dict | ConfigDict) else value)
 
 
@@ -153,6 +160,7 @@ NAMED: dict[str, tuple[Mapping[str, Callable[..., Any]], tuple[str, ...]]] = {
     "loss.weighting": (WEIGHTINGS, ()),
     "loss.time": (TIMES, ("sde",)),
 }
+_NAMED_FIELDS = {field.rpartition(".")[2]: field for field in NAMED}
 
 
 def resolve_config(config: Mapping[str, Any] | ConfigDict | str | os.PathLike[str]) -> ConfigDict:

@@ -156,9 +156,9 @@ def test_unknown_and_missing_fields_are_named(config, message):
         ({"flip": 1}, r"flip = 1: must be of type bool"),
         ({"workdir": 3}, r"workdir = 3: must be of type str"),
         ({"optim": 3}, r"optim = 3: must be a section with beta1, beta2, eps"),
-        ({"network": 3}, r"network\.name = 3: must be one of mlp, unet"),
-        ({"network": "resnet"}, r"network\.name = 'resnet': must be one of mlp, unet"),
-        ({"network": {"name": "resnet"}}, r"network\.name = 'resnet': must be one of mlp, unet"),
+        ({"network": 3}, r"network\.name = 3: must be one of dit, mlp, unet"),
+        ({"network": "resnet"}, r"network\.name = 'resnet': must be one of dit, mlp, unet"),
+        ({"network": {"name": "resnet"}}, r"network\.name = 'resnet': must be one of dit, mlp, unet"),
         ({"data": {"name": "mnist"}}, r"data\.name = 'mnist': must be one of fashion_mnist"),
         ({"sde": {"name": "VP"}}, r"sde\.name = 'VP': must be one of vp"),
         (
