@@ -5,6 +5,7 @@ Give the images as a folder of files: --config.data.path=DIRECTORY.
 
 from ml_collections import ConfigDict
 
+from sde_diffusion.networks.published import PUBLISHED
 from sde_diffusion.training import default_config, named
 
 
@@ -12,14 +13,7 @@ def get_config() -> ConfigDict:
     config = default_config()
     config.data = named("image_folder", path="data/cifar10", size=32)
     config.flip = True
-    config.network = named(
-        "unet",
-        base_channels=128,
-        channel_multipliers=(1, 2, 2, 2),
-        blocks_per_level=2,
-        attention_resolutions=(16,),
-        dropout=0.1,
-    )
+    config.network = named("unet", **PUBLISHED["ddpm_cifar10"].options)
     config.model.prediction = "eps"
     config.loss.weighting = "simple"
     config.loss.time = named("uniform")
