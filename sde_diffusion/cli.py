@@ -1,9 +1,10 @@
-"""Commands: train a config, sample from a run, evaluate its likelihood or the bound on it.
+"""Commands: train a config, sample from a run, evaluate its likelihood or the bound, count what a network costs.
 
     python -m sde_diffusion train --config=configs/demo.py --workdir=runs/demo --config.optim.lr=1e-3
     python -m sde_diffusion sample --workdir=runs/demo --solver=ode
     python -m sde_diffusion likelihood --workdir=runs/demo --count=64
     python -m sde_diffusion bound --workdir=runs/demo --count=64 --steps=1000 --terms=64
+    python -m sde_diffusion info --config=configs/cifar10_ddpm.py --shape=3,32,32
 
 All but train use the model that ships with the package when no --workdir is given. likelihood and bound evaluate the
 whole split without --count, go on where they were interrupted, and under torchrun share the examples:
@@ -21,25 +22,28 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from torch import nn
 
 from sde_diffusion import __version__
 from sde_diffusion.bound import CODES
 from sde_diffusion.data import DATASETS, load_dataset
 from sde_diffusion.data.datasets import SPLITS
+from sde_diffusion.data.info import DataInfo
 from sde_diffusion.data.pictures import save_picture
 from sde_diffusion.evaluation import DatasetResult, Measure, bound_measure, evaluate_dataset, likelihood_measure
 from sde_diffusion.likelihood import METHODS, PROBES, TRACES
 from sde_diffusion.model import DiffusionModel
+from sde_diffusion.networks.account import account, quantity
 from sde_diffusion.ode import SolverError
 from sde_diffusion.samplers import sample, solvers
 from sde_diffusion.samplers.grids import GRIDS
 from sde_diffusion.training import ConfigError, TrainingError, load, train
-from sde_diffusion.training.checkpoint import newest_checkpoint, pretrained, read_description
+from sde_diffusion.training.checkpoint import build_model, newest_checkpoint, pretrained, read_description
 from sde_diffusion.training.config import NAMED, choose, choose_device, flatten, load_config_file, resolve_config
 
 Define = Callable[[flags.FlagValues], None]
@@ -381,6 +385,61 @@ def _evaluate_bound(evaluation: _Evaluation, options: dict[str, Any], folder: st
     print(f"  {', '.join(f'{name} {part:.3g}' for name, part in parts)}; {_costs(result)}")
 
 
+def _define_info(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("shape", None, "of the data, as 3,32,32; by default the data set's", flag_values=values)
+    flags.DEFINE_string("device", "auto", "whose kernels to count; nothing is computed there", flag_values=values)
+
+
+def _info(values: flags.FlagValues, config: ConfigDict | None) -> None:
+    settings, shape = _settings_and_shape(values, config)
+    options = dict(settings["network"])
+    name, precision, batch_size = options.pop("name"), settings["train"]["precision"], settings["train"]["batch_size"]
+    try:
+        # Large networks are planned on small machines: no weight takes memory.
+        with torch.device("meta"):
+            network = cast(nn.Module, build_model(settings, shape, DataInfo(bits=None), None).network)
+    except TypeError as error:
+        raise ConfigError(f"network, sde or model: an option is of the wrong type: {error}") from error
+    autocast = torch.bfloat16 if precision == "bfloat16" else None
+    costs = account(network, shape, autocast=autocast, device=choose_device(values.device))
+    forward, both = costs.forward_flops, costs.forward_flops + costs.backward_flops
+    print(f"{name}({', '.join(f'{option}={value!r}' for option, value in options.items())}), data of shape {shape}\n")
+    print(f"{costs.table()}\n")
+    print(f"{costs.parameters:,} parameters, {quantity(costs.weight_bytes, 'B')} of weights")
+    print(f"  training holds {quantity(costs.training_bytes, 'B')}: weights, gradients, AdamW's two moments, average")
+    print(f"an example: {quantity(forward, 'FLOP')} forward, {quantity(both, 'FLOP')} with the backward pass")
+    print(f"  {quantity(costs.kept_bytes, 'B')} kept for the backward pass, in {precision}")
+    print(f"a batch of {batch_size}: {quantity(batch_size * both, 'FLOP')} with the backward pass")
+    print(f"  {quantity(costs.kept_bytes_of(batch_size), 'B')} kept for the backward pass")
+    print("A multiply-add counts as two FLOPs. A step's peak of memory is higher than what it holds and keeps.")
+
+
+def _settings_and_shape(values: flags.FlagValues, config: ConfigDict | None) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """The config given, or that of the run or of the model that ships, and the shape of the data."""
+    shape = None if values.shape is None else _shape(values.shape)
+    if config is None:
+        description = read_description(Path(values.workdir or pretrained("fashion_mnist")))
+        if description["config"]["network"]["name"] == "custom":
+            raise ConfigError("the run's network is of the user's own: count it in Python, by account(network)")
+        return description["config"], shape or tuple(description["data_shape"])
+    if values.workdir:
+        raise ConfigError(f"--workdir={values.workdir} and --config: give one of them")
+    settings = resolve_config(config).to_dict()
+    if shape is None:
+        try:
+            shape = tuple(load_dataset(split="train", **settings["data"]).data_shape)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{error}; without the data, give their shape, as in --shape=3,32,32") from error
+    return settings, shape
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = text.split(",")
+    if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+        raise ConfigError(f"--shape={text}: must be positive whole numbers, as in --shape=3,32,32")
+    return tuple(map(int, sizes))
+
+
 def _error(value: float) -> str:
     return "not estimated" if math.isnan(value) else f"{value:.4f}"
 
@@ -427,6 +486,7 @@ _COMMANDS: dict[str, tuple[Define, Run]] = {
     "sample": (_define_sample, _sample),
     "likelihood": (_define_likelihood, _likelihood),
     "bound": (_define_bound, _bound),
+    "info": (_define_info, _info),
 }
 
 # How each command that can be interrupted goes on.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sde_diffusion import solvers
+from sde_diffusion import load, pretrained, solvers
 from sde_diffusion.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -211,6 +211,41 @@ def test_bound_of_the_shipped_model_in_the_limit(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "outputs" / "bound_test" / "result.json").exists()
 
 
+def test_info_counts_the_network_of_a_config_or_a_run(run, capsys):
+    assert main(["info", CONFIG, *SMALL]) == 0
+    printed = capsys.readouterr().out
+    # Two coordinates and 64 features of time, three hidden layers of 8.
+    weights, biases = (2 + 64) * 8 + 2 * 8 * 8 + 8 * 2, 3 * 8 + 2
+    assert printed.startswith("mlp(activation='silu', classes=0, depth=3, ")
+    assert ", data of shape (2,)\n\nlayer " in printed
+    assert f"\n{weights + biases} parameters, " in printed
+    assert f"\nan example: {2 * weights / 1000:.4g} kFLOP forward, " in printed
+    assert " kept for the backward pass, in float32\n" in printed
+    # The data need no gradient, which spares the first layer one of its products.
+    both = 6 * weights - 2 * (2 + 64) * 8
+    assert f"\na batch of 8: {8 * both / 1000:.4g} kFLOP with the backward pass\n" in printed
+    assert main(["info", f"--workdir={run}"]) == 0
+    assert capsys.readouterr().out.partition("\n\n")[2] == printed.partition("\n\n")[2]
+
+
+def test_info_needs_no_data_whose_shape_is_given(capsys):
+    config = f"--config={ROOT / 'configs' / 'cifar10_ddpm.py'}"
+    small = ["--config.network.base_channels=8", "--config.data.path=nowhere", "--config.train.precision=bfloat16"]
+    assert main(["info", config, *small, "--shape=1,16,32"]) == 0
+    printed = capsys.readouterr().out
+    assert "data of shape (1, 16, 32)\n" in printed
+    assert " x 16 x 32 " in printed
+    assert " kept for the backward pass, in bfloat16\n" in printed
+    assert main(["info", config, *small]) == 2
+    assert "without the data, give their shape, as in --shape=3,32,32" in capsys.readouterr().err
+
+
+def test_info_of_the_shipped_model(capsys):
+    assert main(["info"]) == 0
+    parameters = sum(parameter.numel() for parameter in load(pretrained("fashion_mnist")).parameters())
+    assert f"\n{parameters:,} parameters, " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -250,6 +285,11 @@ def test_bound_of_the_shipped_model_in_the_limit(tmp_path, monkeypatch, capsys):
         (["bound", "--count=0"], "count = 0: must be at least 1"),
         (["bound", "--steps=2.5"], "steps = 2.5: must be a whole number"),
         (["bound", "--variance=large"], "variance = 'large'"),
+        (["info", CONFIG, "--shape=3,0"], "--shape=3,0: must be positive whole numbers"),
+        (["info", CONFIG, "--shape=3x32"], "--shape=3x32: must be positive whole numbers"),
+        (["info", CONFIG, "--workdir=x"], "--workdir=x and --config: give one of them"),
+        (["info", CONFIG, "--config.network.width=wide"], "--config.network.width=wide"),
+        (["info", "--workdir=nowhere"], "nowhere"),
     ],
 )
 def test_a_mistake_prints_one_line_and_exits_2(run, arguments, message, capsys, tmp_path, monkeypatch):
@@ -267,7 +307,8 @@ def test_a_mistake_prints_one_line_and_exits_2(run, arguments, message, capsys, 
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["sample", "--help"], ["likelihood", "-h"], ["bound", "-h"]]
+    "arguments",
+    [["--help"], ["train", "--help"], ["sample", "--help"], ["likelihood", "-h"], ["bound", "-h"], ["info", "-h"]],
 )
 def test_help_prints_a_page_and_exits_0(arguments, capsys):
     assert main(arguments) == 0
