@@ -108,11 +108,7 @@ class _NormSiLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # A second derivative is wanted, which torch has of the plain expression.
-            y = F.silu(F.group_norm(x, ctx.groups, weight, bias, ctx.epsilon))
-            wanted = [tensor for tensor in (x, weight, bias) if tensor.requires_grad]
-            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-            return *(next(found) if tensor.requires_grad else None for tensor in (x, weight, bias)), None, None
+            return *_norm_silu_gradients(grad, x, weight, bias, ctx.groups, ctx.epsilon), None, None
         x = _as_norms_take_it(x)
         scale = rstd[..., None] * weight.view(ctx.groups, -1)
         shift = bias.view(ctx.groups, -1) - mean[..., None] * scale
@@ -124,6 +120,27 @@ class _NormSiLU(torch.autograd.Function):
         needed = list(ctx.needs_input_grad[:3])
         of_norm = torch.ops.aten.native_group_norm_backward(grad, x, mean, rstd, weight, *ctx.sizes, ctx.groups, needed)
         return *of_norm, None, None
+
+
+def _norm_silu_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, groups: int, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by x, weight and bias, as an expression that can be differentiated again, as torch's kernels cannot."""
+    each = (1, -1, *[1] * (x.ndim - 2))
+
+    def mean(of: Tensor) -> Tensor:
+        means = of.reshape(len(x), groups, -1).mean(2)
+        return means.repeat_interleave(x.shape[1] // groups, dim=1).reshape(*x.shape[:2], *each[2:])
+
+    centred = x - mean(x)
+    rstd = (mean(centred.square()) + epsilon).rsqrt()
+    unit = centred * rstd
+    y = unit * weight.view(each) + bias.view(each)
+    grad = grad * y.sigmoid() * (1 + y * (-y).sigmoid())
+    over = [axis for axis in range(x.ndim) if axis != 1]
+    of_weight, of_bias = (grad * unit).sum(over), grad.sum(over)
+    grad = grad * weight.view(each)
+    return rstd * (grad - mean(grad) - unit * mean(grad * unit)), of_weight, of_bias
 
 
 def _as_norms_take_it(x: Tensor) -> Tensor:
