@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sde_diffusion as sd
 from sde_diffusion.losses import denoising_loss
 from sde_diffusion.networks import UNet
+from sde_diffusion.networks.account import FLOPS
 
 BATCH = 8
 MEGABYTE = 2**20
@@ -123,7 +124,7 @@ def speed(rounds: int) -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for size in ("large", "small"):
         both, (x, t) = networks(size), data(size)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter, torch.no_grad():
             both["diffusers"][1](x, t)
         convolve, convolution_flops = convolution()
         for threads in sorted({1, all_threads}):
@@ -132,8 +133,10 @@ def speed(rounds: int) -> None:
                 flops = counter.get_total_flops() * (1 if what == "forward" else 3)
                 runs: dict[str, Callable[[], object]] = {"convolution": convolve}
                 for name, (network, call) in both.items():
-                    step = training_step(network, call, size)
-                    runs[name] = torch.no_grad()(partial(call, x, t)) if what == "forward" else step
+                    if what == "forward":
+                        runs[name] = torch.no_grad()(partial(call, x, t))
+                    else:
+                        runs[name] = training_step(network, call, size)
                 seconds = take_turns(runs, rounds * (1 if size == "large" else 5))
                 best = {name: min(values) for name, values in seconds.items()}
                 peak = convolution_flops / best["convolution"]

@@ -226,8 +226,8 @@ class _Pass:
         """Arguments and errors as for ``account``."""
         self.costs: dict[str, Counter[str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._forward = FlopCounterMode(display=False, custom_mapping=_FLOPS)
-        backward = FlopCounterMode(display=False, custom_mapping=_FLOPS)
+        self._forward = FlopCounterMode(display=False, custom_mapping=FLOPS)
+        backward = FlopCounterMode(display=False, custom_mapping=FLOPS)
         example = next(network.parameters(), torch.empty(0))
         if device is None:
             device = "cpu" if example.is_meta else example.device
@@ -337,8 +337,9 @@ def _convolution_backward_flops(gradient: list[int], x: list[int], weight: list[
     return sum(wanted[:2]) * conv_flop_count(x, weight, gradient, transposed)
 
 
-# What torch does not count on a CPU; and the gradient by the weight, which it counts as often as there are groups.
-_FLOPS = {
+# For FlopCounterMode(custom_mapping=): what torch does not count on a CPU, and the gradient by the weight, which it
+# counts as often as there are groups.
+FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     torch.ops.aten.convolution_backward: _convolution_backward_flops,

@@ -85,12 +85,42 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, ...) to the same shape."""
         # torch's forward-mode derivative of the layer fails in channels_last.
-        if forward_ad.unpack_dual(x).tangent is not None:
-            x = x.contiguous()
-        return super().forward(x)
+        return super().forward(x.contiguous() if _has_tangent(x, self.weight, self.bias) else x)
 
 
 Norm = Callable[[int], GroupNorm]
+
+
+def _has_tangent(*tensors: Tensor) -> bool:
+    """Whether one of them is differentiated in forward mode."""
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def _is_in_torch_func() -> bool:
+    """Whether the code runs within a transformation of torch.func, such as vmap."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def norm_silu(norm: GroupNorm, x: Tensor) -> Tensor:
+    """silu(norm(x)), (B, C, ...) to the same shape; an eager training step keeps x of it and nothing else.
+
+    Whatever knows better gets the plain expression: a compiler, which decides itself what to keep, and transformations
+    of functions and dtypes. (Elsewhere the norm is not called as a module, and its hooks are not.)
+    """
+    if torch.compiler.is_compiling() or _is_transformed(norm, x):
+        return F.silu(norm(x))
+    return _NormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+
+
+def _is_transformed(norm: GroupNorm, x: Tensor) -> bool:
+    """Whether norm(x) goes through torch.func, forward-mode differentiation or autocast."""
+    kind = x.device.type
+    return (
+        _is_in_torch_func()
+        or _has_tangent(x, norm.weight, norm.bias)
+        # The device "meta" has no autocast to ask about.
+        or (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
+    )
 
 
 class _NormSiLU(torch.autograd.Function):
@@ -99,7 +129,9 @@ class _NormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, epsilon: float) -> Tensor:
         sizes = x.shape[0], x.shape[1], x.shape[2:].numel()
-        y, mean, rstd = torch.native_group_norm(_as_norms_take_it(x), weight, bias, *sizes, groups, epsilon)
+        y, mean, rstd = torch.native_group_norm(
+            x.contiguous(memory_format=_layout(x)), weight, bias, *sizes, groups, epsilon
+        )
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.sizes, ctx.groups, ctx.epsilon = sizes, groups, epsilon
         return F.silu(y, inplace=True)
@@ -107,68 +139,51 @@ class _NormSiLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or _is_in_torch_func():
             return *_norm_silu_gradients(grad, x, weight, bias, ctx.groups, ctx.epsilon), None, None
-        x = _as_norms_take_it(x)
+        x = x.contiguous(memory_format=_layout(x))
         scale = rstd[..., None] * weight.view(ctx.groups, -1)
         shift = bias.view(ctx.groups, -1) - mean[..., None] * scale
-        each = (*x.shape[:2], *[1] * (x.ndim - 2))
-        y = torch.addcmul(shift.view(each), x, scale.view(each))
-        if grad.stride() != x.stride():
-            grad = torch.empty_like(x).copy_(grad)
-        grad = torch.ops.aten.silu_backward.grad_input(grad, y, grad_input=y)
+        per_channel = (*x.shape[:2], *[1] * (x.ndim - 2))
+        y = torch.addcmul(shift.view(per_channel), x, scale.view(per_channel))
+        grad = torch.ops.aten.silu_backward(grad, y).contiguous(memory_format=_layout(x))
         needed = list(ctx.needs_input_grad[:3])
-        of_norm = torch.ops.aten.native_group_norm_backward(grad, x, mean, rstd, weight, *ctx.sizes, ctx.groups, needed)
-        return *of_norm, None, None
+        gradients = torch.ops.aten.native_group_norm_backward(
+            grad, x, mean, rstd, weight, *ctx.sizes, ctx.groups, needed
+        )
+        return *gradients, None, None
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """The order of memory that torch's group normalisation gets x in: contiguous, or on a CPU channels_last."""
+    order = _CHANNELS_LAST.get(x.ndim, torch.contiguous_format)
+    return order if x.is_cpu and x.is_contiguous(memory_format=order) else torch.contiguous_format
 
 
 def _norm_silu_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, groups: int, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by x, weight and bias, as an expression that can be differentiated again, as torch's kernels cannot."""
-    each = (1, -1, *[1] * (x.ndim - 2))
+    """Gradients by x, weight and bias, as an expression that can be differentiated again, as torch's kernels cannot.
+
+    With u = (x - mean(x)) / std(x), y = w u + b and g = grad silu'(y), they are sums of g u and of g, and by x
+
+        (w g - mean(w g) - u mean(w g u)) / std(x)
+    """
+    per_channel = (1, -1, *[1] * (x.ndim - 2))
 
     def mean(of: Tensor) -> Tensor:
-        means = of.reshape(len(x), groups, -1).mean(2)
-        return means.repeat_interleave(x.shape[1] // groups, dim=1).reshape(*x.shape[:2], *each[2:])
+        means = of.unflatten(1, (groups, -1)).flatten(2).mean(2)
+        return means.repeat_interleave(x.shape[1] // groups, dim=1).unflatten(1, per_channel[1:])
 
     centred = x - mean(x)
     rstd = (mean(centred.square()) + epsilon).rsqrt()
     unit = centred * rstd
-    y = unit * weight.view(each) + bias.view(each)
+    y = unit * weight.view(per_channel) + bias.view(per_channel)
     grad = grad * y.sigmoid() * (1 + y * (-y).sigmoid())
-    over = [axis for axis in range(x.ndim) if axis != 1]
-    of_weight, of_bias = (grad * unit).sum(over), grad.sum(over)
-    grad = grad * weight.view(each)
-    return rstd * (grad - mean(grad) - unit * mean(grad * unit)), of_weight, of_bias
-
-
-def _as_norms_take_it(x: Tensor) -> Tensor:
-    """x in an order of memory that torch's kernels of group normalisation have: of the CPU both, of others one."""
-    order = _CHANNELS_LAST.get(x.ndim, torch.contiguous_format)
-    return x if x.is_cpu and x.is_contiguous(memory_format=order) else x.contiguous()
-
-
-def norm_silu(norm: GroupNorm, x: Tensor) -> Tensor:
-    """silu(norm(x)), (B, C, ...) to the same shape; an eager training step keeps x of it and nothing else.
-
-    That is a quarter less memory in a U-Net, for one or two hundredths more time. Whatever knows better gets the plain
-    expression: a compiler, which decides itself what to keep, and transformations of functions and dtypes.
-    """
-    if torch.compiler.is_compiling() or _is_transformed(x):
-        return F.silu(norm(x))
-    return _NormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
-
-
-def _is_transformed(x: Tensor) -> bool:
-    """Whether what is computed of x goes through torch.func, forward-mode differentiation or autocast."""
-    kind = x.device.type
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad.unpack_dual(x).tangent is not None
-        # The device "meta" has no autocast to ask about.
-        or (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
-    )
+    others = [axis for axis in range(x.ndim) if axis != 1]
+    weight_grad, bias_grad = (grad * unit).sum(others), grad.sum(others)
+    grad = grad * weight.view(per_channel)
+    return rstd * (grad - mean(grad) - unit * mean(grad * unit)), weight_grad, bias_grad
 
 
 class _TimeFeatures(nn.Module):
@@ -184,7 +199,7 @@ class _TimeFeatures(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Times (B,) to (B, dim), in the finer of t's dtype and the module's, at least float32."""
-        phase = (self.scale * t)[:, None] * self.frequencies
+        phase = self.scale * t.to(torch.promote_types(t.dtype, self.frequencies.dtype))[:, None] * self.frequencies
         return torch.cat([phase.sin(), phase.cos()], dim=1)
 
 
@@ -257,6 +272,24 @@ class ConditionEmbedding(nn.Module):
         return features
 
 
+def check_at_least(**bounds: tuple[float, float]) -> None:
+    """Raise ValueError for an argument whose value, the first of its pair, is below the second or no whole number."""
+    for name, (value, least) in bounds.items():
+        if value != int(value):
+            raise ValueError(f"{name} must be whole; got {value}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}; got {value}")
+
+
+def check_data_shape(data_shape: Sequence[int], divisor: int, reason: str) -> None:
+    """Raise ValueError unless data have channels and one to three axes, of lengths that `divisor` divides."""
+    if len(data_shape) not in (2, 3, 4) or min(data_shape) < 1 or any(size % divisor for size in data_shape[1:]):
+        raise ValueError(
+            "data_shape must be (C, L), (C, H, W) or (C, D, H, W) with lengths divisible by "
+            f"{divisor}, {reason}; got {tuple(data_shape)}"
+        )
+
+
 def check_inputs(network: Any, x: Tensor, t: Tensor, label: Tensor | None, vector: Tensor | None) -> None:
     """Raise ValueError unless x is (B, *data_shape), t (B,), label None or (B,), vector None or (B, network.vector).
 
@@ -273,8 +306,12 @@ def check_inputs(network: Any, x: Tensor, t: Tensor, label: Tensor | None, vecto
             raise ValueError("label must be None for a network built with classes=0")
         if label.shape != x.shape[:1]:
             raise ValueError(f"label must be ({len(x)},), one label for each x; got {tuple(label.shape)}")
-        is_known = ((label >= 0) & (label <= classes)).all()
-        torch._assert_async(is_known, f"label must be in [0, {classes}], where {classes} means no label")
+        if label.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"label must be int64, the number of a class; got {label.dtype}")
+        # vmap has no rule for the assertion.
+        if torch.compiler.is_compiling() or not _is_in_torch_func():
+            is_known = ((label >= 0) & (label <= classes)).all()
+            torch._assert_async(is_known, f"label must be in [0, {classes}], where {classes} means no label")
     if vector is not None:
         if not network.vector:
             raise ValueError("vector must be None for a network built with vector=0")
@@ -444,6 +481,12 @@ def residual_sum(x: Tensor, h: Tensor, rescale: bool) -> Tensor:
     return (x + h) * 0.5**0.5 if rescale else x + h
 
 
+def attend(qkv: Tensor, heads: int) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for each head: q, k and v of tokens (B, T, 3 C), one after the other, to (B, T, C)."""
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
 class SelfAttention(nn.Module):
     """(B, C, H, W) to (B, C, H, W): each position attends to all, by `heads` heads of C / heads channels."""
 
@@ -462,9 +505,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The formula at the top of this module."""
-        tokens = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)
-        q, k, v = tokens.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        attended = attend(self.qkv(self.norm(x)).flatten(2).transpose(1, 2), self.heads)
         h = self.output(attended.transpose(1, 2).unflatten(2, x.shape[2:]))
         return residual_sum(x, h, self.rescale)
 

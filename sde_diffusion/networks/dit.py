@@ -17,9 +17,7 @@ The layers that give α, β and γ start at zero, so that every block starts as 
 the network starts as the zero function. The position of a patch is told by sines and cosines of its place along each
 axis, fixed (Vaswani et al. 2017, sec. 3.5; in the plane as by He et al. 2022).
 
-The published networks for latents (4, H, W) have out_channels=8, for a learned variance, classes=1000 and patch 2, 4 or
-8: ``DiT(data_shape, patch, width=384, depth=12, heads=6)`` is DiT-S, 768, 12, 12 is DiT-B, 1024, 24, 16 is DiT-L and
-1152, 28, 16 is DiT-XL.
+`published.PUBLISHED` has the sizes of DiT-S, B, L and XL.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,6 +33,9 @@ from sde_diffusion.networks.blocks import (
     CONVOLUTIONS,
     ConditionEmbedding,
     SinusoidalEmbedding,
+    attend,
+    check_at_least,
+    check_data_shape,
     check_inputs,
     initialise,
     to_channels_last,
@@ -102,8 +103,7 @@ class TransformerBlock(nn.Module):
         return torch.addcmul(x, mlp_gate, self.mlp(modulate(self.mlp_norm(x), mlp_shift, mlp_scale)))
 
     def _attention(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.output(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.output(attend(self.qkv(x), self.heads))
 
 
 class DiT(nn.Module):
@@ -150,17 +150,16 @@ class DiT(nn.Module):
         self.data_shape, self.classes, self.vector = tuple(data_shape), classes, vector
         self.patch, self.checkpointing = patch, checkpointing
         hidden = int(mlp_ratio * width)
-        for name, least, value in (
-            ("patch", 1, patch),
-            ("depth", 1, depth),
-            ("heads", 1, heads),
-            ("classes", 0, classes),
-            ("vector", 0, vector),
-            ("out_channels", 1, 1 if out_channels is None else out_channels),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}; got {value}")
-        grid = _grid(self.data_shape, patch)
+        check_at_least(
+            patch=(patch, 1),
+            depth=(depth, 1),
+            heads=(heads, 1),
+            classes=(classes, 0),
+            vector=(vector, 0),
+            out_channels=(1 if out_channels is None else out_channels, 1),
+        )
+        check_data_shape(self.data_shape, patch, "the patch")
+        grid = [size // patch for size in self.data_shape[1:]]
         axes = len(grid)
         if width < 4 * axes or width % (2 * axes):
             least = 4 * axes
@@ -222,13 +221,3 @@ class DiT(nn.Module):
         # (B, h, w, patch, patch, C) to (B, C, h, patch, w, patch), and so for any number of axes.
         pairs = [axis for i in range(1, axes + 1) for axis in (i, axes + i)]
         return x.permute(0, 2 * axes + 1, *pairs).reshape(len(x), self.out_channels, *sizes)
-
-
-def _grid(data_shape: tuple[int, ...], patch: int) -> list[int]:
-    """Number of patches along each axis; ValueError unless the data can be cut into whole ones."""
-    if len(data_shape) not in (2, 3, 4) or min(data_shape) < 1 or any(size % patch for size in data_shape[1:]):
-        raise ValueError(
-            f"data_shape must be (C, L), (C, H, W) or (C, D, H, W) with lengths divisible by patch, {patch}; "
-            f"got {data_shape}"
-        )
-    return [size // patch for size in data_shape[1:]]

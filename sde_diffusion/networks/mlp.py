@@ -18,7 +18,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from sde_diffusion.networks.blocks import ConditionEmbedding, SinusoidalEmbedding, check_inputs
+from sde_diffusion.networks.blocks import ConditionEmbedding, SinusoidalEmbedding, check_at_least, check_inputs
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
 
@@ -57,14 +57,7 @@ class MLP(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-        for name, least, value in (
-            ("width", 1, width),
-            ("depth", 1, depth),
-            ("classes", 0, classes),
-            ("vector", 0, vector),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}; got {value}")
+        check_at_least(width=(width, 1), depth=(depth, 1), classes=(classes, 0), vector=(vector, 0))
         if embedding and (embedding < 4 or embedding % 2):
             raise ValueError(f"embedding must be 0, or even and at least 4; got {embedding}")
 

@@ -243,7 +243,7 @@ PUBLISHED: dict[str, Published] = {
 def published(name: str, data_shape: Sequence[int] | None = None, **overrides: Any) -> nn.Module:
     """The published network `name`, for data of its own shape or `data_shape`, but for the options in `overrides`.
 
-    Under ``torch.device("meta")`` it takes no memory.
+    Under ``torch.device("meta")`` it takes no memory. A smaller shape may need other attention_resolutions.
 
     Raises:
         ValueError: for an unknown name or option, listing the known ones, or for a value that does not fit.
@@ -251,7 +251,9 @@ def published(name: str, data_shape: Sequence[int] | None = None, **overrides: A
     if name not in PUBLISHED:
         raise ValueError(f"name must be one of {', '.join(PUBLISHED)}; got {name!r}")
     entry = PUBLISHED[name]
-    return build_network(entry.network, data_shape or entry.data_shape, **(entry.options | overrides))
+    return build_network(
+        entry.network, entry.data_shape if data_shape is None else data_shape, **(entry.options | overrides)
+    )
 
 
 def forward_flops(network: nn.Module, data_shape: Sequence[int]) -> int:

@@ -36,6 +36,8 @@ from sde_diffusion.networks.blocks import (
     ResidualBlock,
     SelfAttention,
     SinusoidalEmbedding,
+    check_at_least,
+    check_data_shape,
     check_inputs,
     convolution,
     double,
@@ -64,14 +66,23 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 
 class Stage(nn.Module):
-    """A block, self-attention after it, and what it takes from an image or adds to one."""
+    """A block, self-attention after it, and what it takes from an image or adds to one.
 
-    def __init__(self, block: nn.Module, attention: nn.Module | None = None, takes_skip: bool = False) -> None:
+    The network calls `image` itself, after the stage: what it puts out is not computed again under checkpointing.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        attention: nn.Module | None = None,
+        image: nn.Module | None = None,
+        takes_skip: bool = False,
+    ) -> None:
         """Join the modules; `takes_skip` says whether it is fed a feature map of the way down."""
         super().__init__()
         self.block: Any = block
         self.attention, self.takes_skip = attention, takes_skip
-        self.image: Any = None
+        self.image: Any = image
 
     def forward(self, x: Tensor, embedding: Tensor, skip: Tensor | None) -> Tensor:
         """Features (B, C, H, W), the block's part of the embedding (B, E) and a feature map, or None, to features."""
@@ -166,7 +177,7 @@ class _Layers:
     def way_down(
         self,
         image_channels: int,
-        width: int,
+        base_channels: int,
         widths: Sequence[int],
         attends: Sequence[bool],
         blocks: int,
@@ -174,13 +185,13 @@ class _Layers:
     ) -> tuple[list[Stage], list[int]]:
         """The stages of the way down, and the channels of every feature map that it leaves for the way up."""
         stages: list[Stage] = []
-        skips = [width]
+        skips = [width := base_channels]
+        is_residual = progressive_input == "residual"
         for level, level_width in enumerate(widths):
             if level:
-                stage = Stage(self.halving(width))
+                image = None
                 if progressive_input != "none":
-                    is_residual = progressive_input == "residual"
-                    stage.image = ImageInput(
+                    image = ImageInput(
                         self.axes,
                         image_channels,
                         width,
@@ -189,13 +200,12 @@ class _Layers:
                         rescale=self.rescale,
                     )
                     image_channels = width if is_residual else image_channels
-                stages.append(stage)
+                stages.append(Stage(self.halving(width), image=image))
                 skips.append(width)
             for _ in range(blocks):
                 attention = self.attention(level_width) if attends[level] else None
                 stages.append(Stage(self.residual(width, level_width), attention))
-                width = level_width
-                skips.append(width)
+                skips.append(width := level_width)
         return stages, skips
 
     def way_up(
@@ -213,16 +223,14 @@ class _Layers:
         blocks = len(skips) // len(widths)
         for level, level_width in reversed(list(enumerate(widths))):
             for block in range(blocks):
-                has_attention = attends[level] and (block == blocks - 1 or not only_last_attends)
-                stage = Stage(
-                    self.residual(width + skips.pop(), level_width),
-                    self.attention(level_width) if has_attention else None,
-                    takes_skip=True,
-                )
+                is_last = block == blocks - 1
+                residual = self.residual(width + skips.pop(), level_width)
                 width = level_width
-                stages.append(stage)
-            if level == 0 or is_progressive:
-                stage.image = ImageOutput(self.axes, width, image_channels, resampling=self.resampling, norm=self.norm)
+                attention = self.attention(width) if attends[level] and (is_last or not only_last_attends) else None
+                image = None
+                if is_last and (level == 0 or is_progressive):
+                    image = ImageOutput(self.axes, width, image_channels, resampling=self.resampling, norm=self.norm)
+                stages.append(Stage(residual, attention, image, takes_skip=True))
             if level:
                 stages.append(Stage(self.doubling(width)))
         return stages
@@ -272,7 +280,7 @@ class UNet(nn.Module):
 
         Args:
             data_shape: (C, L), (C, H, W) or (C, D, H, W); every length must be divisible by 2 ** (levels - 1).
-            base_channels: channels at the first level, even and at least 4; heads and groups must divide it.
+            base_channels: channels at the first level, even and at least 4; groups must divide it.
             channel_multipliers: channels of each level, as multiples of base_channels.
             blocks_per_level: residual blocks of a level on the way down; the way up has one more.
             attention_resolutions: heights (the first axis) of the feature maps whose residual blocks are followed by
@@ -280,7 +288,7 @@ class UNet(nn.Module):
             dropout: probability of a zero before the last convolution of a residual block.
             classes: number of class labels; 0 for a network that takes none.
             time_scale: factor on t before its features; 1000 suits times in [0, 1] with sinusoidal ones.
-            heads: heads of every self-attention.
+            heads: heads of every self-attention, whose channels they must divide.
             groups: groups of every group normalisation; None for the rule of `blocks.GroupNorm`.
             out_channels: channels of the output; None for those of the data.
             vector: length of the vector that each image is conditioned on; 0 for none.
@@ -315,13 +323,14 @@ class UNet(nn.Module):
             progressive_output=progressive_output,
             initialisation=initialisation,
         )
-        _check_at_least(
+        check_at_least(
             blocks_per_level=(blocks_per_level, 1),
-            channel_multipliers=(min(channel_multipliers), 1),
             classes=(classes, 0),
             vector=(vector, 0),
             out_channels=(1 if out_channels is None else out_channels, 1),
         )
+        for multiplier in channel_multipliers:
+            check_at_least(channel_multipliers=(multiplier, 1))
         if base_channels < 4 or base_channels % 2:
             raise ValueError(f"base_channels must be even and at least 4; got {base_channels}")
         if absent := sorted(set(attention_resolutions) - set(heights)):
@@ -411,13 +420,6 @@ def _check_choices(**chosen: str) -> None:
             raise ValueError(f"{name} must be none with resampling {chosen['resampling']!r}; got {choice!r}")
 
 
-def _check_at_least(**bounds: tuple[int, int]) -> None:
-    """Refuse a value, the first of each pair, below the second."""
-    for name, (value, least) in bounds.items():
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}; got {value}")
-
-
 def _check_divisors(
     widths: Sequence[int],
     attends: Sequence[bool],
@@ -429,23 +431,18 @@ def _check_divisors(
     """Refuse heads and groups that do not divide the channels they are of."""
     if head_channels is not None and heads != 1:
         raise ValueError(f"heads must be left at 1 where head_channels is given; got {heads}")
-    for name, divisor in (("heads", heads), ("groups", 1 if groups is None else groups)):
-        if divisor < 1 or base_channels % divisor:
-            raise ValueError(f"{name} must divide base_channels, {base_channels}; got {divisor}")
+    if groups is not None and (groups < 1 or base_channels % groups):
+        raise ValueError(f"groups must divide base_channels, {base_channels}; got {groups}")
     attended = {width for width, has_attention in zip(widths, attends, strict=True) if has_attention} | {widths[-1]}
     for width in sorted(attended):
-        if head_channels is not None and (head_channels < 1 or width % head_channels):
-            raise ValueError(f"head_channels must divide the channels of every attention, {width}; got {head_channels}")
+        for name, divisor in (("heads", heads), ("head_channels", 1 if head_channels is None else head_channels)):
+            if divisor < 1 or width % divisor:
+                raise ValueError(f"{name} must divide the channels of every attention, {width}; got {divisor}")
 
 
 def _heights(data_shape: tuple[int, ...], levels: int) -> list[int]:
     """Height of the feature maps of each level; ValueError unless each level halves the one before it."""
     if not levels:
         raise ValueError("channel_multipliers must name at least one level; got none")
-    divisor = 2 ** (levels - 1)
-    if len(data_shape) not in (2, 3, 4) or min(data_shape) < 1 or any(size % divisor for size in data_shape[1:]):
-        raise ValueError(
-            "data_shape must be (C, L), (C, H, W) or (C, D, H, W) with lengths divisible by "
-            f"{divisor}, for {levels} levels; got {data_shape}"
-        )
+    check_data_shape(data_shape, 2 ** (levels - 1), f"for {levels} levels")
     return [data_shape[1] // 2**level for level in range(levels)]

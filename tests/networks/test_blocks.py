@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from sde_diffusion.networks import UNet
 from sde_diffusion.networks.blocks import (
     ConditionEmbedding,
     Downsample,
@@ -277,13 +278,6 @@ def test_nearest_convolution_is_enlarging_and_convolving_with_its_gradients(axes
 
 
 @pytest.mark.parametrize("axes", AXES)
-def test_upsample_is_a_nearest_convolution(axes):
-    up, x = randomised(NearestConvolution(axes, 2, 2)), images(axes)
-    assert torch.equal(up(x, torch.empty(2, 0)), NearestConvolution.forward(up, x))
-    assert up(x, torch.empty(2, 0)).shape[2:] == tuple(2 * n for n in SIZES[axes])
-
-
-@pytest.mark.parametrize("axes", AXES)
 def test_downsample_is_every_other_position_of_a_convolution(axes):
     layer, x = randomised(Downsample(axes, 2)), images(axes)
     full = convolution(axes, 2, 2).double()
@@ -544,3 +538,35 @@ def test_norm_silu_keeps_its_input_alone():
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         norm_silu(norm, x)
     assert sum(tensor.numel() for tensor in kept if tensor.numel() >= x.numel()) == x.numel()
+
+
+def test_norm_silu_has_rows_of_a_jacobian_at_once_and_forward_derivatives_by_its_weight():
+    torch.manual_seed(0)
+    norm, x = GroupNorm(4, groups=2).double(), torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    y = norm_silu(norm, x).flatten()
+    eye = torch.eye(len(y), dtype=torch.float64)
+    rows = torch.autograd.grad(y, x, eye, is_grads_batched=True, retain_graph=True)[0]
+    one_by_one = torch.stack([torch.autograd.grad(y, x, row, retain_graph=True)[0] for row in eye])
+    torch.testing.assert_close(rows, one_by_one, rtol=0, atol=1e-12)
+
+    def by_weight(weight):
+        return torch.func.functional_call(norm, {"weight": weight}, (to_channels_last(x.detach()[..., None]),))
+
+    tangent = torch.randn(4, dtype=torch.float64)
+    pushed = torch.func.jvp(by_weight, (norm.weight.detach(),), (tangent,))[1]
+    h = 1e-5
+    difference = (by_weight(norm.weight + h * tangent) - by_weight(norm.weight - h * tangent)) / (2 * h)
+    torch.testing.assert_close(pushed, difference, rtol=0, atol=1e-9)
+
+
+def test_times_of_few_bits_meet_the_frequencies_in_float32():
+    t = torch.tensor([0.3333], dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    for embedding in (FourierEmbedding(16, scale=8.5), SinusoidalEmbedding(16)):
+        assert torch.equal(embedding(t), embedding(t.float()))
+
+
+def test_labels_are_whole_numbers():
+    network = UNet((1, 4, 4), 4, (1,), 1, (), classes=2)
+    with pytest.raises(ValueError, match=r"label must be int64, the number of a class; got torch.float32"):
+        network(torch.zeros(1, 1, 4, 4), torch.zeros(1), torch.zeros(1))

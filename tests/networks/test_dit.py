@@ -279,14 +279,14 @@ def test_without_blocks_a_patch_sees_itself_alone(data_shape):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data_shape": (2,)}, r"data_shape must be \(C, L\), .* by patch, 2; got \(2,\)"),
+        ({"data_shape": (2,)}, r"data_shape must be \(C, L\), .* by 2, the patch; got \(2,\)"),
         ({"data_shape": ()}, r"data_shape must be .*; got \(\)"),
         ({"data_shape": (1, 2, 2, 2, 2)}, r"data_shape must be .*; got \(1, 2, 2, 2, 2\)"),
-        ({"data_shape": (2, 8, 9)}, r"data_shape must be .* divisible by patch, 2; got \(2, 8, 9\)"),
+        ({"data_shape": (2, 8, 9)}, r"data_shape must be .* divisible by 2, the patch; got \(2, 8, 9\)"),
         ({"data_shape": (0, 8, 8)}, r"data_shape must be"),
         ({"data_shape": (1, 0, 8)}, r"data_shape must be"),
         ({"patch": 0}, "patch must be at least 1; got 0"),
-        ({"patch": 3}, "data_shape must be .* divisible by patch, 3"),
+        ({"patch": 3}, "data_shape must be .* divisible by 3, the patch"),
         ({"width": 18}, "width must be a multiple of 4, at least 8, for 2 axes; got 18"),
         ({"width": 4, "heads": 1}, "width must be a multiple of 4, at least 8, for 2 axes; got 4"),
         ({"width": 16, "data_shape": (1, 2, 2, 2)}, "width must be a multiple of 6, at least 12, for 3 axes; got 16"),
@@ -506,3 +506,11 @@ def test_weights_load_into_a_network_built_without_memory():
         other = DiT((2, 8, 8), **SMALL, classes=3)
     other.to_empty(device=x.device).load_state_dict(network.state_dict())
     torch.testing.assert_close(other(x, t), network(x, t), rtol=0, atol=0)
+
+
+def test_a_label_goes_through_vmap():
+    network = DiT((1, 4, 4), width=16, depth=1, heads=2, classes=3)
+    nn.init.normal_(network.output.weight)
+    x, t, label = torch.randn(2, 1, 4, 4), torch.rand(2), torch.tensor([0, 2])
+    one_by_one = torch.func.vmap(lambda x, t, label: network(x[None], t[None], label[None])[0])
+    torch.testing.assert_close(one_by_one(x, t, label), network(x, t, label))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sde_diffusion import VESDE
 from sde_diffusion.networks import NETWORKS
+from sde_diffusion.networks.account import account
 from sde_diffusion.networks.blocks import FourierEmbedding, ResidualBlock, SelfAttention
 from sde_diffusion.networks.published import PUBLISHED, forward_flops, main, published
 from sde_diffusion.networks.unet import UNet
@@ -263,3 +264,10 @@ def test_features_that_are_not_rescaled_grow_linearly_with_depth():
     found = variances(rescale=False)
     for blocks in (4, 8, 15):
         assert 0.5 * SILU_POWER < (found[blocks] - found[0]) / blocks < 1.5 * SILU_POWER
+
+
+def test_the_table_counts_as_the_account_does():
+    entry = PUBLISHED["ddpm_cifar10"]
+    with torch.device("meta"):
+        network = published("ddpm_cifar10")
+    assert forward_flops(network, entry.data_shape) == account(network).forward_flops
