@@ -1,6 +1,8 @@
 """DDPM's recipe for CIFAR-10 (Ho et al. 2020, appendix B): 35.7 M parameters, 800,000 steps, for a GPU.
 
 Give the images as a folder of files: --config.data.path=DIRECTORY.
+Published: FID 3.17, at most 3.75 bits/dim; not run here.
+Times are continuous here, where DDPM has 1000 steps.
 """
 
 from ml_collections import ConfigDict
