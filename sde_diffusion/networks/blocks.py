@@ -275,10 +275,10 @@ class ConditionEmbedding(nn.Module):
 def check_at_least(**bounds: tuple[float, float]) -> None:
     """Raise ValueError for an argument whose value, the first of its pair, is below the second or no whole number."""
     for name, (value, least) in bounds.items():
-        if value != int(value):
-            raise ValueError(f"{name} must be whole; got {value}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}; got {value}")
+        if value != int(value):
+            raise ValueError(f"{name} must be whole; got {value}")
 
 
 def check_data_shape(data_shape: Sequence[int], divisor: int, reason: str) -> None:
