@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import hashlib
 import math
 import os
 import sys
@@ -42,8 +41,8 @@ from sde_diffusion.networks.account import account, quantity
 from sde_diffusion.ode import SolverError
 from sde_diffusion.samplers import sample, solvers
 from sde_diffusion.samplers.grids import GRIDS
-from sde_diffusion.training import ConfigError, TrainingError, load, train
-from sde_diffusion.training.checkpoint import build_model, newest_checkpoint, pretrained, read_description
+from sde_diffusion.training import ConfigError, Interrupted, TrainingError, load, train
+from sde_diffusion.training.checkpoint import build_model, checksum, model_file, pretrained, read_description
 from sde_diffusion.training.config import NAMED, choose, choose_device, flatten, load_config_file, resolve_config
 
 Define = Callable[[flags.FlagValues], None]
@@ -51,7 +50,7 @@ Run = Callable[[flags.FlagValues, ConfigDict | None], None]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a command; returns the exit code: 0, or 2 after one line on what was wrong."""
+    """Run a command; returns the exit code: 0, 2 after one line on what was wrong, 128 + signal of a run it ended."""
     names = " | ".join(_COMMANDS)
     if not arguments or arguments[0] in ("-h", "--help", "--helpfull", "help"):
         print(f"usage: python -m sde_diffusion {names} [--flag=value ...]\n\n{__doc__}")
@@ -68,6 +67,9 @@ def main(arguments: Sequence[str]) -> int:
         run(values, config)
     except (flags.Error, ValueError, SolverError, TrainingError, OSError) as error:
         return _fail(str(error))
+    except Interrupted as error:
+        _fail(f"{error}; the same command goes on from there")
+        return error.code
     except KeyboardInterrupt:
         goes_on = f"; the same command goes on {_GOES_ON[command]}" if command in _GOES_ON else ""
         return _fail(f"interrupted{goes_on}")
@@ -256,7 +258,7 @@ class _Evaluation:
         self.dataset, data = self._load(section)
         self.settings = {
             "version": __version__,
-            "model": _checksum(path),
+            "model": checksum(model_file(path)),
             "data": data,
             "split": values.split,
             # Another kind of device draws other random numbers.
@@ -406,7 +408,10 @@ def _info(values: flags.FlagValues, config: ConfigDict | None) -> None:
     print(f"{name}({', '.join(f'{option}={value!r}' for option, value in options.items())}), data of shape {shape}\n")
     print(f"{costs.table()}\n")
     print(f"{costs.parameters:,} parameters, {quantity(costs.weight_bytes, 'B')} of weights")
-    print(f"  training holds {quantity(costs.training_bytes, 'B')}: weights, gradients, AdamW's two moments, average")
+    # The headers of older files do not have the fields.
+    further = sum(len(settings["ema"].get(field, ())) for field in ("further_decays", "widths"))
+    held, averages = costs.training_bytes + further * costs.average_bytes, "averages" if further else "average"
+    print(f"  training holds {quantity(held, 'B')}: weights, gradients, AdamW's two moments, {averages}")
     print(f"an example: {quantity(forward, 'FLOP')} forward, {quantity(both, 'FLOP')} with the backward pass")
     print(f"  {quantity(costs.kept_bytes, 'B')} kept for the backward pass, in {precision}")
     print(f"a batch of {batch_size}: {quantity(batch_size * both, 'FLOP')} with the backward pass")
@@ -457,13 +462,6 @@ def _model(values: flags.FlagValues, config: ConfigDict | None) -> tuple[Diffusi
     path = Path(workdir) if workdir else pretrained("fashion_mnist")
     data = read_description(path)["config"]["data"] if config is None else resolve_config(config).data.to_dict()
     return load(path, device=choose_device(values.device)), data, path
-
-
-def _checksum(path: Path) -> str:
-    """SHA-256 of the file that ``load`` reads."""
-    checkpoint = newest_checkpoint(path) if path.is_dir() else None
-    with (checkpoint / "model.safetensors" if checkpoint else path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _option(text: str) -> tuple[str, Any]:

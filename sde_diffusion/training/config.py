@@ -19,6 +19,7 @@ from sde_diffusion.losses import SPREADS, TIMES, WEIGHTINGS
 from sde_diffusion.model import PREDICTIONS
 from sde_diffusion.networks import NETWORKS
 from sde_diffusion.sde import SDES
+from sde_diffusion.training.ema import NARROWEST, WIDEST
 
 
 class ConfigError(ValueError):
@@ -85,7 +86,12 @@ def default_config() -> ConfigDict:
                 "schedule": "cosine",  # falls to 0 after the last step; or "constant"
                 "grad_clip": 1.0,  # largest norm of the gradient; 0 does not clip
             },
-            "ema": {"decay": 0.9999},
+            "ema": {
+                "decay": 0.9999,
+                "further_decays": (),  # of averages kept beside the main one
+                "widths": (),  # of power-function averages, as a share of the run, to choose another from afterwards
+                "snapshot_every": 1000,  # steps between the snapshots that are kept of those
+            },
             "train": {
                 "steps": 100_000,
                 "batch_size": 128,
@@ -96,6 +102,7 @@ def default_config() -> ConfigDict:
                 "log_every": 100,  # steps between lines of metrics
                 "checkpoint_every": 2000,
                 "keep_checkpoints": 2,
+                "keep_every": 0,  # steps between checkpoints that stay for good; 0: none does
                 "sample_every": 10_000,  # steps between pictures, of images or points in the plane; 0: none
                 "sample_count": 64,
             },
@@ -117,9 +124,11 @@ RESUMABLE = frozenset(
         "data.path",
         "train.device",
         "train.workers",
+        "ema.snapshot_every",
         "train.log_every",
         "train.checkpoint_every",
         "train.keep_checkpoints",
+        "train.keep_every",
         "train.sample_every",
         "train.sample_count",
     }
@@ -140,7 +149,7 @@ _POSITIVE: tuple[str, ...] = (
     "train.log_every",
     "train.sample_count",
 )
-_POSITIVE += ("train.checkpoint_every", "train.keep_checkpoints")
+_POSITIVE += ("train.checkpoint_every", "train.keep_checkpoints", "ema.snapshot_every")
 _NOT_NEGATIVE: tuple[str, ...] = (
     "seed",
     "optim.weight_decay",
@@ -149,7 +158,7 @@ _NOT_NEGATIVE: tuple[str, ...] = (
     "train.steps",
     "train.workers",
 )
-_NOT_NEGATIVE += ("train.sample_every",)
+_NOT_NEGATIVE += ("train.sample_every", "train.keep_every")
 _FRACTIONS = ("optim.beta1", "optim.beta2", "ema.decay", "train.label_dropout")
 # Sections whose fields are the keyword arguments of a named class; the second entry counts the arguments the
 # library itself supplies, which a config may not.
@@ -281,6 +290,8 @@ def _section(field: str, section: Any) -> dict[str, Any]:
 def _cast(field: str, value: Any, kind: type) -> Any:
     if kind is str and isinstance(value, os.PathLike):
         return os.fspath(value)
+    if kind is tuple and isinstance(value, list | tuple):
+        return tuple(_cast(f"{field}[{index}]", item, float) for index, item in enumerate(value))
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if kind is float and is_number:
         return float(value)
@@ -306,3 +317,16 @@ def _check(values: dict[str, Any]) -> None:
     for field in _FRACTIONS:
         if not 0 <= flat[field] < 1:
             raise ConfigError(f"{field} = {flat[field]}: must be in [0, 1)")
+    if flat["train.keep_every"] % flat["train.checkpoint_every"]:
+        raise ConfigError(
+            f"train.keep_every = {flat['train.keep_every']}: must be a multiple of train.checkpoint_every = "
+            f"{flat['train.checkpoint_every']}, as only checkpoints can be kept"
+        )
+    _check_averages(flat["ema.decay"], flat["ema.further_decays"], flat["ema.widths"])
+
+
+def _check_averages(decay: float, further: tuple[float, ...], widths: tuple[float, ...]) -> None:
+    if not all(0 <= other < 1 for other in further) or len({decay, *further}) < 1 + len(further):
+        raise ConfigError(f"ema.further_decays = {further}: must be in [0, 1), none twice or that of ema.decay")
+    if not all(NARROWEST <= width <= WIDEST for width in widths) or len(set(widths)) < len(widths):
+        raise ConfigError(f"ema.widths = {widths}: must be in [{NARROWEST}, {WIDEST}], none twice")

@@ -2,29 +2,28 @@
 
     x₀ = dequantised data,  t from the config's distribution p,  ε ~ N(0, I)
     step AdamW on  mean over the batch of  w(t) ‖target − prediction(α x₀ + σ ε, t)‖² · uniform density/p(t)
-    average  ← d average + (1 − d) weights,   d = min(decay, (1 + step)/(10 + step))
+    averages of the weights move after every step; training/ema.py has their formulas
 
-The average begins as the weights after the first step. Every random number of a step is a function of the seed, the
-step and the example's place in the global batch alone (dropout: of the seed and the step), so a resumed run takes
-exactly the steps that an uninterrupted one would.
+Every random number of a step is a function of the seed, the step and the example's place in the global batch alone
+(dropout: of the seed and the step), so a resumed run takes exactly the steps that an uninterrupted one would.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Sampler, default_collate
 from tqdm import tqdm
 
@@ -37,12 +36,23 @@ from sde_diffusion.samplers.sample import sample
 from sde_diffusion.training.checkpoint import (
     build_model,
     load_checkpoint,
-    newest_checkpoint,
+    newest_whole,
     read_json,
     save_checkpoint,
-    write_json,
+    set_aside_after,
+    write_text,
 )
 from sde_diffusion.training.config import RESUMABLE, ConfigError, choose_device, flatten, resolve_config
+from sde_diffusion.training.ema import Averages, drop_snapshots
+from sde_diffusion.training.run_directory import (
+    Interrupted,
+    Signals,
+    check_data,
+    check_version,
+    locked,
+    outlast_a_signal,
+    write_manifest,
+)
 
 
 class TrainingError(RuntimeError):
@@ -80,8 +90,12 @@ def train(
     Raises:
         ConfigError: for a field that is unknown or wrong, or differs from that of the run to go on with.
         ValueError: if network, data set and config do not fit together, or the data hold NaN; naming which.
-        CheckpointError: if the checkpoint to go on from is damaged or of another model.
+            Also for data that are not those of the run to go on with, and a directory that another process trains in.
+        CheckpointError: if all checkpoints of the run to go on with are damaged, or the newest is of another model, or
+            the run of another version of the library; or if a checkpoint cannot be written: those before it stand.
         TrainingError: if the loss or its gradient is no longer finite; the last checkpoint stands.
+        Interrupted: at SIGTERM or SIGINT in a run with a directory, after the step and its checkpoint: a SystemExit
+            with the code 128 + signal. A second signal has its usual effect at once.
     """
     config = resolve_config(config)
     description = _description(config, network is not None, dataset is not None)
@@ -96,8 +110,9 @@ def train(
         except TypeError as error:
             raise ConfigError(f"network, sde, model or loss: an option is of the wrong type: {error}") from error
         _check_fit(config, raw, weighting, dataset)
-        run = _Run(config, description, dataset, raw, weighting, times, device)
-        return run.finish(callbacks)
+        with locked(Path(config.workdir)) if config.workdir else nullcontext():
+            run = _Run(config, description, dataset, raw, weighting, times, device)
+            return run.finish(callbacks)
 
 
 class _Run:
@@ -117,6 +132,8 @@ class _Run:
         self.raw, self.weighting, self.times, self.device = raw, weighting, times, device
         self.workdir = Path(config.workdir) if config.workdir else None
         self.step = 0
+        # Since the last line of metrics: it may be further back than the checkpoint that a run is taken up from.
+        self.logged_step, self.unlogged_loss = 0, torch.zeros((), device=device)
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
             raw.parameters(),
@@ -126,50 +143,61 @@ class _Run:
             weight_decay=optim.weight_decay,
             fused=True,
         )
-        self.average = AveragedModel(raw, multi_avg_fn=self._average)
-        self.averaged = cast(DiffusionModel, self.average.module).eval().requires_grad_(False)
+        self.averages = Averages(raw, config.ema.decay, config.ema.further_decays, config.ema.widths)
+        self.averaged = self.averages.models["model"]
         if self.workdir:
             self._take_up()
+            drop_snapshots(self.workdir, self.step)
 
     def finish(self, callbacks: Sequence[Callable[[TrainResult], None]]) -> TrainResult:
         """Take all the steps that remain."""
         options = self.config.train
         log = _Log(self.workdir, self.step)
         result = TrainResult(self.averaged, self.raw, self.step, self.workdir, log.last)
-        total, since, started = torch.zeros((), device=self.device), self.step, time.perf_counter()
+        timed_from, started = self.step, time.perf_counter()
         self.raw.train()
         is_drawn = options.sample_every and has_picture(self.dataset.data_shape)
         bar = tqdm(total=options.steps, initial=self.step, desc="train", unit="step", disable=None)
-        with log, bar:
+        with log, bar, Signals(are_noted=self.workdir is not None) as signals:
             for values, label in self._batches():
                 loss, grad_norm = self._take_step(values, label)
-                total += loss
+                self.unlogged_loss += loss
                 bar.update()
-                if self.step % options.log_every == 0 or self.step == options.steps:
-                    taken, elapsed = self.step - since, time.perf_counter() - started
+                is_last, interruption = self.step == options.steps, signals.received
+                if self.step % options.log_every == 0 or is_last:
+                    elapsed = time.perf_counter() - started
                     result.step = self.step
                     result.metrics = {
                         "step": self.step,
-                        "loss": self._finite("loss", total) / taken,
+                        "loss": self._finite("loss", self.unlogged_loss) / (self.step - self.logged_step),
                         "grad_norm": self._finite("grad_norm", grad_norm),
                         "lr": self._learning_rate(self.step - 1),
-                        "images_per_second": taken * options.batch_size / elapsed,
+                        "images_per_second": (self.step - timed_from) * options.batch_size / elapsed,
                     }
                     log.write(result.metrics)
                     bar.set_postfix_str("loss {loss:.4f}, {images_per_second:.0f} images/s".format(**result.metrics))
-                    total, since, started = torch.zeros_like(total), self.step, time.perf_counter()
-                if self.workdir and (self.step % options.checkpoint_every == 0 or self.step == options.steps):
+                    self.logged_step, self.unlogged_loss = self.step, torch.zeros_like(self.unlogged_loss)
+                    timed_from, started = self.step, time.perf_counter()
+                # Before the checkpoint: a run that is taken up there does not come by here again.
+                if self.workdir and is_drawn and self.step % options.sample_every == 0:
+                    self._draw_samples(self.workdir / "samples" / f"{self.step:08d}.png")
+                every = self.config.ema.snapshot_every
+                if self.workdir and self.averages.widths and (self.step % every == 0 or is_last):
+                    self._finite("loss", loss)
+                    self._finite("grad_norm", grad_norm)
+                    self.averages.save_snapshots(self.workdir, self.step, self.description)
+                if self.workdir and (self.step % options.checkpoint_every == 0 or is_last or interruption):
                     # A finite loss can have a gradient that is not, and one step with it spoils the weights.
                     self._finite("loss", loss)
                     self._finite("grad_norm", grad_norm)
+                    log.sync()
                     self._save()
-                    # A run resumed from here knows no losses from before: neither does this one's next mean.
-                    total, since, started = torch.zeros_like(total), self.step, time.perf_counter()
-                if self.workdir and is_drawn and self.step % options.sample_every == 0:
-                    self._draw_samples(self.workdir / "samples" / f"{self.step:08d}.png")
+                    timed_from, started = self.step, time.perf_counter()
                 if result.step == self.step:
                     for callback in callbacks:
                         callback(result)
+                if self.workdir and interruption:
+                    raise Interrupted(interruption, self.step, self.workdir)
         self.raw.eval()
         return result
 
@@ -193,7 +221,7 @@ class _Run:
             group["lr"] = self._learning_rate(self.step)
         self.optimizer.step()
         self.step += 1
-        self.average.update_parameters(self.raw)
+        self.averages.update(self.raw, self.step)
         return loss.detach(), grad_norm
 
     def _hide(self, label: Tensor, streams: Streams) -> Tensor:
@@ -225,6 +253,7 @@ class _Run:
             num_workers=options.workers,
             pin_memory=self.device.type != "cpu",
             collate_fn=_collate,
+            worker_init_fn=outlast_a_signal,
         )
         for values, label in loader:
             if values.is_floating_point() and not bool(torch.isfinite(values).all()):
@@ -240,40 +269,36 @@ class _Run:
             rate *= 0.5 * (1 + math.cos(math.pi * step / self.config.train.steps))
         return rate
 
-    def _average(self, averages: Sequence[Tensor], weights: Sequence[Tensor], count: Any) -> None:
-        decay = min(self.config.ema.decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(averages), list(weights), float(1 - decay))
-
     def _take_up(self) -> None:
         assert self.workdir is not None
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        checkpoint = newest_checkpoint(self.workdir)
+        checkpoint = newest_whole(self.workdir)
         if checkpoint is None:
-            write_json(self.workdir / "config.json", self.description)
+            write_manifest(self.workdir, self.description, self.dataset)
             return
+        check_version(self.workdir)
         stored = _completed(read_json(self.workdir / "config.json"))
         _check_same(flatten(stored), flatten(self.description), self.workdir)
-        state = load_checkpoint(checkpoint, self.raw, self.averaged, self.optimizer, self.times)
-        if state["examples"] != len(self.dataset):
-            raise ConfigError(
-                f"dataset has {len(self.dataset)} examples: "
-                f"the run in {self.workdir} was trained on {state['examples']}"
-            )
+        state = load_checkpoint(checkpoint, self.raw, self.averages.models, self.optimizer, self.times)
+        check_data(self.workdir, self.dataset)
         self.step = state["step"]
-        self.average.n_averaged.fill_(self.step)
+        # A checkpoint of before they were stored began a new mean.
+        self.logged_step = state.get("logged_step", self.step)
+        self.unlogged_loss.fill_(state.get("unlogged_loss", 0.0))
+        set_aside_after(self.workdir, self.step)
 
     def _save(self) -> None:
         assert self.workdir is not None
-        state = {"step": self.step, "examples": len(self.dataset)}
+        state = {"step": self.step, "logged_step": self.logged_step, "unlogged_loss": float(self.unlogged_loss)}
         save_checkpoint(
             self.workdir,
             state,
             self.description,
             self.raw,
-            self.averaged,
+            self.averages.models,
             self.optimizer,
             self.times,
             self.config.train.keep_checkpoints,
+            self.config.train.keep_every,
         )
 
     def _draw_samples(self, path: Path) -> None:
@@ -326,7 +351,7 @@ class _Log:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         # A run that was killed may have left half a line, which has no end.
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+        write_text(path, "".join(kept))
         self.last = json.loads(kept[-1]) if kept else {}
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
@@ -339,6 +364,11 @@ class _Log:
         for name, value in metrics.items():
             if name != "step":
                 self._board.add_scalar(name, value, int(metrics["step"]))
+
+    def sync(self) -> None:
+        """Have the lines written to the disk now: no checkpoint is to outlive the lines before it."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> _Log:
         return self

@@ -1,16 +1,20 @@
+import errno
+import itertools
 import json
+import resource
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sde_diffusion import DataInfo, train
-from sde_diffusion.training import CheckpointError, load, pretrained, resolve_config
-from sde_diffusion.training.checkpoint import newest_checkpoint, read_description
+from sde_diffusion.training import CheckpointError, ConfigError, load, pretrained, resolve_config
+from sde_diffusion.training.checkpoint import checksum, newest_checkpoint, read_description
 
 FILES = ("raw.safetensors", "model.safetensors", "optimizer.safetensors", "state.json")
 
@@ -30,6 +34,41 @@ def truncate(path):
 
 def empty(path):
     path.write_bytes(b"")
+
+
+def flip(path):
+    """Change one bit in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def sign(checkpoint):
+    """Make what a test has changed the files that were written."""
+    path = checkpoint / "checksums.json"
+    path.write_text(json.dumps({name: checksum(checkpoint / name) for name in json.loads(path.read_text())}))
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def names(workdir):
+    return sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+def assert_ends_as(workdir, whole):
+    """The last checkpoint and the metrics of a run are those of another, bit for bit."""
+    found, expected = (
+        {path.name: path.read_bytes() for path in newest_checkpoint(run).iterdir()} for run in (workdir, whole)
+    )
+    assert found == expected
+    assert losses(workdir) == losses(whole)
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +93,11 @@ def workdir(finished, tiny, tmp_path):
 
 
 def test_a_run_is_stored_as_documented(workdir):
-    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["00000006", "00000008"]
-    assert sorted(path.name for path in newest_checkpoint(workdir).iterdir()) == sorted(FILES)
+    assert names(workdir) == ["00000006", "00000008"]
+    assert sorted(path.name for path in newest_checkpoint(workdir).iterdir()) == sorted([*FILES, "checksums.json"])
     assert json.loads((workdir / "checkpoints/00000008/state.json").read_text())["step"] == 8
+    checksums = json.loads((workdir / "checkpoints/00000008/checksums.json").read_text())
+    assert checksums == {name: checksum(workdir / "checkpoints/00000008" / name) for name in FILES}
 
 
 def test_a_directory_and_one_file_give_the_same_model(kind, finished):
@@ -151,20 +192,64 @@ def test_one_file_is_enough_to_share(finished, tiny, tmp_path):
     assert header(path) == read_description(path) == read_description(workdir)
 
 
-@pytest.mark.parametrize("damage", [truncate, empty, Path.unlink])
-@pytest.mark.parametrize("name", FILES)
-def test_damage_is_named_and_nothing_is_lost(tiny, workdir, name, damage):
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [*itertools.product(FILES, [truncate, empty, Path.unlink, flip]), ("checksums.json", empty)],
+)
+def test_damage_is_named_and_the_checkpoint_before_is_taken(tiny, workdir, finished, name, damage):
     path = newest_checkpoint(workdir) / name
     damage(path)
-    if name == "state.json" and damage is truncate:
-        path.write_text(path.read_text()[:8])
-    before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
-    with pytest.raises(CheckpointError, match=rf"00000008.{name.replace('.', '[.]')}: cannot be read"):
+    damaged = {file.name: content for file, content in contents(path.parent).items()}
+    with pytest.warns(UserWarning, match=rf"00000008.{name}: .*; checkpoint 00000006 is taken instead"):
         train(tiny(workdir=str(workdir)))
-    if name in ("raw.safetensors", "model.safetensors"):
-        with pytest.raises(CheckpointError, match=rf"00000008.{name.replace('.', '[.]')}: cannot be read"):
-            load(workdir, raw=name.startswith("raw"))
-    assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before
+    assert_ends_as(workdir, finished(tiny()))
+    assert names(workdir) == ["00000006", "00000008", "damaged-00000008"]
+    aside = contents(workdir / "checkpoints/damaged-00000008")
+    assert {file.name: content for file, content in aside.items()} == damaged
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, Path.unlink, flip])
+@pytest.mark.parametrize("name", FILES)
+def test_damage_of_all_checkpoints_is_named_and_nothing_is_lost(tiny, workdir, name, damage):
+    damage(workdir / "checkpoints/00000008" / name)
+    damage(workdir / "checkpoints/00000006/raw.safetensors")
+    before = contents(workdir)
+    with pytest.raises(CheckpointError, match=rf"00000008.{name}: .*; no checkpoint before it is whole"):
+        train(tiny(workdir=str(workdir)))
+    assert contents(workdir) == before
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_damaged_file_of_weights_is_not_loaded(workdir, raw):
+    name, other = ("raw.safetensors", "model.safetensors")[:: 1 if raw else -1]
+    flip(newest_checkpoint(workdir) / name)
+    with pytest.warns(UserWarning, match=rf"00000008.{name}: damaged.*; checkpoint 00000006 is taken instead"):
+        model = load(workdir, raw=raw)
+    for key, tensor in load_file(workdir / "checkpoints/00000006" / name).items():
+        assert torch.equal(model.state_dict()[key], tensor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = load(workdir, raw=not raw)
+    for key, tensor in load_file(workdir / "checkpoints/00000008" / other).items():
+        assert torch.equal(model.state_dict()[key], tensor)
+    flip(workdir / "checkpoints/00000006" / name)
+    with pytest.raises(CheckpointError, match=rf"00000008.{name}: damaged: .*; no checkpoint before it is whole"):
+        load(workdir, raw=raw)
+
+
+def test_a_run_of_before_there_were_checksums_goes_on(tiny, workdir, finished):
+    shutil.rmtree(workdir / "checkpoints/00000008")
+    checkpoint = workdir / "checkpoints/00000006"
+    (checkpoint / "checksums.json").unlink()
+    (checkpoint / "state.json").write_text('{"step": 6, "examples": 50}')
+    (workdir / "manifest.json").unlink()
+    load(workdir)
+    train(tiny(workdir=str(workdir)))
+    assert_ends_as(workdir, finished(tiny()))
+    truncate(checkpoint / "raw.safetensors")
+    shutil.rmtree(workdir / "checkpoints/00000008")
+    with pytest.raises(CheckpointError, match=r"00000006.raw\.safetensors: cannot be read"):
+        train(tiny(workdir=str(workdir)))
 
 
 @pytest.mark.parametrize(
@@ -189,6 +274,7 @@ def test_the_first_tensor_that_does_not_fit_is_named(tiny, workdir, change, mess
     for name in ("raw.safetensors", "model.safetensors"):
         path = newest_checkpoint(workdir) / name
         save_file(change(load_file(path)), path, metadata={"sde_diffusion": json.dumps(header(path))})
+    sign(path.parent)
     with pytest.raises(CheckpointError, match=rf"model\.safetensors: tensor {message}"):
         load(workdir)
     with pytest.raises(CheckpointError, match=rf"raw\.safetensors: tensor {message}"):
@@ -213,6 +299,7 @@ def test_the_first_tensor_that_does_not_fit_is_named(tiny, workdir, change, mess
 def test_moments_that_do_not_fit_are_named(tiny, workdir, change, message):
     path = newest_checkpoint(workdir) / "optimizer.safetensors"
     save_file(change(load_file(path)), path)
+    sign(path.parent)
     with pytest.raises(CheckpointError, match=rf"optimizer\.safetensors: {message}"):
         train(tiny(workdir=str(workdir)))
 
@@ -224,11 +311,17 @@ def test_what_a_sampler_of_times_has_learnt_must_fit(tiny, tmp_path):
     shapes = {name: tuple(tensor.shape) for name, tensor in load_file(path).items()}
     assert shapes == {"losses": (3, 10), "counts": (3,)}
     save_file({**load_file(path), "counts": torch.zeros(4, dtype=torch.int64)}, path)
+    sign(path.parent)
     with pytest.raises(CheckpointError, match=r"times\.safetensors: tensor counts: the state has \(4,\), .* \(3,\)"):
         train(config)
-    path.unlink()
-    with pytest.raises(CheckpointError, match=r"times\.safetensors: cannot be read"):
-        train(config)
+
+
+@pytest.mark.parametrize("state", ["[]", "{}", '{"step": "8"}'])
+def test_a_state_without_its_step_is_named(tiny, workdir, state):
+    (newest_checkpoint(workdir) / "state.json").write_text(state)
+    sign(newest_checkpoint(workdir))
+    with pytest.raises(CheckpointError, match=r"state\.json: must hold the step, a whole number"):
+        train(tiny(workdir=str(workdir)))
 
 
 @pytest.mark.parametrize(
@@ -270,17 +363,173 @@ def test_a_partial_checkpoint_is_ignored_and_overwritten(tiny, workdir, finished
     newest_checkpoint(workdir).rename(workdir / "checkpoints/partial-00000008")
     truncate(workdir / "checkpoints/partial-00000008/model.safetensors")
     assert newest_checkpoint(workdir).name == "00000006"
+    (workdir / "checkpoints/partial-00000007").mkdir()
     train(tiny(workdir=str(workdir)))
-    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["00000006", "00000008"]
-    for name in FILES:
-        whole = newest_checkpoint(finished(tiny())) / name
-        assert (newest_checkpoint(workdir) / name).read_bytes() == whole.read_bytes()
+    assert names(workdir) == ["00000006", "00000008"]
+    assert_ends_as(workdir, finished(tiny()))
 
 
-@pytest.mark.parametrize(("keep", "kept"), [(1, [8]), (2, [6, 8]), (9, [2, 4, 6, 8])])
-def test_as_many_checkpoints_are_kept_as_asked_for(tiny, tmp_path, keep, kept):
-    train(tiny(workdir=str(tmp_path), train={"keep_checkpoints": keep, "checkpoint_every": 2}))
+@pytest.mark.parametrize(
+    ("keep", "every", "kept"),
+    [
+        (1, 0, [8]),
+        (2, 0, [6, 8]),
+        (9, 0, [2, 4, 6, 8]),
+        (1, 4, [4, 8]),
+        (2, 4, [4, 6, 8]),
+        (1, 2, [2, 4, 6, 8]),
+        (1, 6, [6, 8]),
+    ],
+)
+def test_as_many_checkpoints_are_kept_as_asked_for(tiny, tmp_path, keep, every, kept):
+    options = {"keep_checkpoints": keep, "keep_every": every, "checkpoint_every": 2}
+    train(tiny(workdir=str(tmp_path), train=options))
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == kept
+
+
+@pytest.mark.parametrize(
+    ("every", "message"), [(-3, "must be at least 0"), (4, r"must be a multiple of train\.checkpoint_every = 3")]
+)
+def test_only_checkpoints_can_be_kept(tiny, every, message):
+    with pytest.raises(ConfigError, match=rf"train\.keep_every = {every}: {message}"):
+        train(tiny(train={"keep_every": every}))
+
+
+def test_how_many_are_kept_may_change(tiny, workdir):
+    train(tiny(workdir=str(workdir), train={"keep_every": 3, "keep_checkpoints": 1}))
+
+
+class Crash(BaseException):
+    """The end of a process, which nothing catches."""
+
+
+# Whatever touches the disk while a checkpoint is written.
+OPERATIONS = [
+    "sde_diffusion.training.checkpoint.save_file",
+    "sde_diffusion.training.checkpoint._sync",
+    "pathlib.Path.mkdir",
+    "pathlib.Path.write_text",
+    "pathlib.Path.rename",
+    "pathlib.Path.replace",
+    "shutil.rmtree",
+]
+
+
+def failing(monkeypatch, step, count, error):
+    """Have the operation of this number fail while the checkpoint of a step is written."""
+    from sde_diffusion.training import checkpoint, loop
+
+    left, remove = itertools.count(count, -1), shutil.rmtree
+
+    def wrap(operation):
+        def wrapped(*arguments, **options):
+            if next(left) == 0:
+                if operation is remove:
+                    next(arguments[0].iterdir()).unlink()
+                raise error
+            return operation(*arguments, **options)
+
+        return wrapped
+
+    def save(workdir, state, *arguments):
+        with monkeypatch.context() as patches:
+            if state["step"] == step:
+                for name in OPERATIONS:
+                    owner, _, attribute = name.rpartition(".")
+                    owner = {"pathlib.Path": Path, "shutil": shutil}.get(owner, checkpoint)
+                    patches.setattr(owner, attribute, wrap(getattr(owner, attribute)))
+            return checkpoint.save_checkpoint(workdir, state, *arguments)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+
+
+def test_a_process_that_ends_anywhere_in_a_checkpoint_loses_nothing(tiny, tmp_path, monkeypatch):
+    options = {"steps": 2, "checkpoint_every": 1, "keep_checkpoints": 1, "log_every": 2}
+    # This process goes on, and needs nothing forced to the disk.
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    train(tiny(workdir=str(tmp_path / "whole"), train=options))
+    for count in itertools.count():
+        workdir = tmp_path / str(count)
+        config = tiny(workdir=str(workdir), train=options)
+        with monkeypatch.context() as patches:
+            failing(patches, 2, count, Crash())
+            try:
+                train(config)
+            except Crash:
+                for name in names(workdir):
+                    if not name.startswith("partial"):
+                        assert sorted(contents(workdir / "checkpoints" / name)) == [
+                            workdir / "checkpoints" / name / file for file in sorted([*FILES, "checksums.json"])
+                        ]
+                load(workdir)
+            else:
+                break
+        train(config)
+        assert_ends_as(workdir, tmp_path / "whole")
+        # Pruning is what may be left to do.
+        assert set(names(workdir)) <= {"00000001", "00000002", "partial-00000001"}
+    # Three files of tensors, written, synced and renamed; two of JSON; the folder made, synced and renamed.
+    assert count > 5 * 3 + 3
+
+
+def test_a_process_that_ends_as_it_cuts_the_metrics_loses_no_line(tiny, tmp_path, monkeypatch, finished):
+    config = tiny(workdir=str(tmp_path))
+
+    def crash(*arguments):
+        raise Crash
+
+    def stop(result):
+        if result.step == 5:
+            raise Crash
+
+    with pytest.raises(Crash):
+        train(config, callbacks=[stop])
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert before.count(b"\n") == 5
+    with monkeypatch.context() as patches:
+        patches.setattr("sde_diffusion.training.checkpoint._sync", crash)
+        with pytest.raises(Crash):
+            train(config)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    train(config)
+    assert_ends_as(tmp_path, finished(tiny()))
+
+
+@pytest.mark.parametrize(
+    ("error", "count"),
+    [
+        *((OSError(errno.ENOSPC, "No space left on device"), count) for count in (0, 1, 5, 11)),
+        *((SafetensorError("I/O error: No space left on device (os error 28)"), count) for count in (1, 7)),
+    ],
+)
+def test_a_full_disk_leaves_the_checkpoint_before(tiny, tmp_path, monkeypatch, finished, error, count):
+    config = tiny(workdir=str(tmp_path))
+    message = r"00000006 cannot be written: .*No space left on device.* takes [\d.]+ MB, and [\d.e+]+ MB are free"
+    with monkeypatch.context() as patches:
+        failing(patches, 6, count, error)
+        with pytest.raises(CheckpointError, match=message):
+            train(config)
+    assert names(tmp_path) == ["00000003"]
+    train(config)
+    assert_ends_as(tmp_path, finished(tiny()))
+
+
+def test_a_write_that_the_system_refuses_leaves_the_checkpoint_before(tiny, tmp_path, finished):
+    config = tiny(workdir=str(tmp_path), train={"log_every": 3})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def refuse(result):
+        # Larger than a line of metrics, smaller than the weights.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+
+    try:
+        with pytest.raises(CheckpointError, match=r"00000006 cannot be written: .*File too large"):
+            train(config, callbacks=[refuse])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == ["00000003"]
+    train(config)
+    assert names(tmp_path) == ["00000006", "00000008"]
 
 
 def test_an_unknown_pretrained_model_is_named():
