@@ -4,6 +4,7 @@ Codes are served as integers: dequantisation noise is drawn by whoever trains or
 so that it is fresh at every visit and repeatable all the same (see `DataInfo`).
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -35,6 +36,21 @@ class DataSource(Protocol):
 
     def __getitem__(self, index: int) -> Sample:
         """The value, or (value, label), at an index."""
+
+
+# How many examples stand for a data set: enough to notice another one, few enough to read at once.
+_LOOKS = 64
+
+
+def hash_of_examples(dataset: DataSource) -> str:
+    """The SHA-256 of up to 64 examples at even distances, with their labels: whatever its size."""
+    digest = hashlib.sha256()
+    for index in torch.linspace(0, len(dataset) - 1, min(_LOOKS, len(dataset)), dtype=torch.float64).long().tolist():
+        item = dataset[index]
+        value, label = (item, None) if isinstance(item, torch.Tensor) else (item[0], int(item[1]))
+        digest.update(repr((value.dtype, label)).encode())
+        digest.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class ArrayDataset(Dataset[Sample]):

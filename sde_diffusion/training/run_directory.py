@@ -14,7 +14,6 @@ A run goes on only with the config and the data it was begun with, and with the 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import platform
 import signal
@@ -29,15 +28,11 @@ from types import FrameType
 from typing import Any, TextIO
 
 import torch
-from torch import Tensor
 
 import sde_diffusion
-from sde_diffusion.data.datasets import DataSource
+from sde_diffusion.data.datasets import DataSource, hash_of_examples
 from sde_diffusion.training.checkpoint import CheckpointError, read_json, write_json
 from sde_diffusion.training.config import ConfigError
-
-# How many examples stand for a data set in its fingerprint: enough to notice another one, few enough to read at once.
-_LOOKS = 64
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -212,7 +207,7 @@ def data_fingerprint(dataset: DataSource) -> dict[str, Any]:
         JSON values: the number of examples, their shape, range and classes, and the SHA-256 of those looked at; None
         for examples that are others at the second look, as randomly augmented ones are.
     """
-    first, second = _hash_of_examples(dataset), _hash_of_examples(dataset)
+    first, second = hash_of_examples(dataset), hash_of_examples(dataset)
     return {
         "examples": len(dataset),
         "shape": list(dataset.data_shape),
@@ -220,16 +215,6 @@ def data_fingerprint(dataset: DataSource) -> dict[str, Any]:
         "classes": dataset.classes,
         "sha256": first if first == second else None,
     }
-
-
-def _hash_of_examples(dataset: DataSource) -> str:
-    digest = hashlib.sha256()
-    for index in torch.linspace(0, len(dataset) - 1, min(_LOOKS, len(dataset)), dtype=torch.float64).long().tolist():
-        item = dataset[index]
-        value, label = (item, None) if isinstance(item, Tensor) else (item[0], int(item[1]))
-        digest.update(repr((value.dtype, label)).encode())
-        digest.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _read_manifest(workdir: Path) -> Any:
