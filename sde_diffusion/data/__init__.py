@@ -13,6 +13,7 @@ from sde_diffusion.data.fashion_mnist import fashion_mnist
 from sde_diffusion.data.idx import idx_images, read_idx, write_idx
 from sde_diffusion.data.image_folder import ImageFolder
 from sde_diffusion.data.info import DataInfo
+from sde_diffusion.data.memory_map import MemoryMapped, array_file
 from sde_diffusion.data.pictures import image_grid, save_picture
 from sde_diffusion.data.toys import TOYS, checkerboard, eight_gaussians, moons, spiral, toy
 
@@ -22,7 +23,9 @@ __all__ = [
     "DataInfo",
     "DataSource",
     "ImageFolder",
+    "MemoryMapped",
     "WrappedDataset",
+    "array_file",
     "as_dataset",
     "checkerboard",
     "eight_gaussians",
@@ -42,6 +45,7 @@ DATASETS: dict[str, Callable[..., DataSource]] = {
     "fashion_mnist": fashion_mnist,
     "idx": idx_images,
     "image_folder": ImageFolder,
+    "array_file": array_file,
     **{name: partial(toy, name) for name in TOYS},
 }
 

@@ -1,23 +1,39 @@
-"""A folder of image files as a data set: decoded when they are asked for, resized and cropped to one size."""
+"""A folder of image files as a data set: resized and cropped to one size, with its subfolders as classes if asked.
+
+They are decoded each time they are asked for, or once for all epochs, workers, ranks and runs, into one file:
+
+    cache/NAME-SPLIT-HASH.npy      (N, C, H, W) uint8, mapped into memory; see memory_map.py
+
+The hash is of all that the values depend on, so that a folder that was changed gets another file.
+"""
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
-from sde_diffusion.data.datasets import SPLITS, check_split
+from sde_diffusion.data.datasets import SPLITS, Sample, check_split
 from sde_diffusion.data.info import DataInfo
+from sde_diffusion.data.memory_map import MemoryMapped, write_once
 from sde_diffusion.data.pictures import IMAGE_MODES
 
 _ONE_IN_TEST = 10
+# Counts the ways of making values from a file: another one is another cache.
+_DECODING = 1
+# Files that are decoded in parallel, and held until they are written.
+_AT_ONCE = 64
 
 
-class ImageFolder(Dataset[torch.Tensor]):
+class ImageFolder(Dataset[Sample]):
     """All images below a folder, as uint8 tensors (channels, H, W), in the order of their relative names.
 
     If the folder has subfolders train and test they are the splits. Else one file in ten is a test image,
@@ -27,14 +43,15 @@ class ImageFolder(Dataset[torch.Tensor]):
     unless channels=4 keeps them.
 
     Attributes:
-        files: The paths, sorted.
+        files: The paths, sorted; none in a copy that was pickled with a cache, which needs none.
         data_shape: (channels, H, W).
         data: 8 bits in [-1, 1].
-        classes: 0, it has no labels.
+        labels: (N,) int64, or None.
+        classes: The number of classes; 0 without labels.
+        class_names: The subfolders that are the classes, in their order.
+        cached: The decoded images, or None without a cache.
         name: The folder's name.
     """
-
-    classes = 0
 
     def __init__(
         self,
@@ -42,8 +59,10 @@ class ImageFolder(Dataset[torch.Tensor]):
         split: str = "train",
         size: int | tuple[int, int] | None = None,
         channels: int = 3,
+        labels: bool = False,
+        cache: str | os.PathLike[str] = "",
     ) -> None:
-        """List the files; none is decoded yet.
+        """List the files; none is decoded yet, but with a cache that does not have them: then all are.
 
         Args:
             path: The folder, searched recursively for the formats that Pillow opens.
@@ -51,10 +70,17 @@ class ImageFolder(Dataset[torch.Tensor]):
             size: (H, W), or one number for both: the largest centred part of that aspect ratio is scaled to
                 it (bicubic, antialiased). None if all files have one size already.
             channels: 1 (grey), 3 (RGB) or 4 (RGBA).
+            labels: Whether items are pairs (image, label): the label counts the first-level subfolders, sorted by name;
+                of both splits together, so that a class has one number.
+            cache: A directory in which the decoded images are kept; "" decodes them anew each time. Of several
+                processes one decodes, and the others wait for it. Another size, another version of Pillow, or files
+                with another name, size or time of change make another array; those before stay until they are deleted.
 
         Raises:
             FileNotFoundError: if there is no such folder, or no image for the split in it.
-            ValueError: for an invalid argument, and with size=None for the first file of another size.
+            ValueError: for an invalid argument, with size=None for the first file of another size, with labels for a
+                file in no subfolder, and with a cache for a file that cannot be decoded.
+            OSError: if the cache cannot be written, or its disk has less room than it takes.
         """
         check_split(split)
         if channels not in IMAGE_MODES:
@@ -66,31 +92,67 @@ class ImageFolder(Dataset[torch.Tensor]):
         self.data_shape: tuple[int, ...] = (channels, height, width)
         self.data = DataInfo(bits=8)
         self.name = self.path.name
+        self.class_names: tuple[str, ...] = ()
+        self.labels: torch.Tensor | None = None
+        if labels:
+            self.class_names, self.labels = _classes(self.path, split, self.files)
+        self.classes = len(self.class_names)
+        self.cached = None if cache == "" else self._cached(Path(cache), split)
 
     def __len__(self) -> int:
-        """The number of files."""
-        return len(self.files)
+        """The number of images."""
+        return len(self.files) if self.cached is None else len(self.cached)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        """Decode file index.
+    def __getitem__(self, index: int) -> Sample:
+        """Image index, with labels as a pair (image, label).
 
         Raises:
             ValueError: naming the file, if it cannot be decoded or has more than 8 bits a channel.
         """
+        if self.cached is not None:
+            return self.cached[index]
+        image = torch.from_numpy(self._decode(self.files[index]))
+        return image if self.labels is None else (image, self.labels[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """The images at several indices, from a cache at once."""
+        if self.cached is not None:
+            return self.cached.__getitems__(indices)
+        return [self[index] for index in indices]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the paths if there is a cache: millions of them would be sent to each worker."""
+        return self.__dict__ if self.cached is None else {**self.__dict__, "files": []}
+
+    def _decode(self, file: Path) -> np.ndarray:
+        """The image in a file, (C, H, W) uint8."""
         _, height, width = self.data_shape
-        file = self.files[index]
         try:
             with Image.open(file) as opened:
                 upright = _with_mode(ImageOps.exif_transpose(opened), self.mode)
             fitted = ImageOps.fit(upright, (width, height), method=Image.Resampling.BICUBIC)
         except Exception as error:  # decoders raise anything from OSError to SyntaxError
             raise ValueError(f"cannot read image {file}: {error}") from error
-        pixels = torch.from_numpy(np.array(fitted)).reshape(height, width, -1)
-        return pixels.permute(2, 0, 1).contiguous()
+        return np.ascontiguousarray(np.array(fitted).reshape(height, width, -1).transpose(2, 0, 1))
 
-    def __getitems__(self, indices: Sequence[int]) -> list[torch.Tensor]:
-        """Decode the files at several indices."""
-        return [self[index] for index in indices]
+    def _cached(self, folder: Path, split: str) -> MemoryMapped:
+        digest = hashlib.sha256(repr((_DECODING, PIL.__version__, self.data_shape)).encode())
+        for file in self.files:
+            status = file.stat()
+            name = file.relative_to(self.path).as_posix()
+            digest.update(repr((name, status.st_size, status.st_mtime_ns)).encode())
+        array = folder / f"{self.name}-{split}-{digest.hexdigest()[:16]}.npy"
+        write_once(array, (len(self.files), *self.data_shape), self._decode_all)
+        return MemoryMapped(array, self.labels, self.data)
+
+    def _decode_all(self) -> Iterator[np.ndarray]:
+        """The images in their order. Pillow lets go of the interpreter while it decodes: threads share the work."""
+        bar = tqdm(total=len(self.files), desc=f"decode {self.name}", unit="image", disable=None)
+        with ThreadPoolExecutor() as threads, bar:
+            for first in range(0, len(self.files), _AT_ONCE):
+                for image in threads.map(self._decode, self.files[first : first + _AT_ONCE]):
+                    yield image
+                    bar.update()
 
 
 def _split_files(root: Path, split: str) -> list[Path]:
@@ -101,13 +163,41 @@ def _split_files(root: Path, split: str) -> list[Path]:
     """
     if not root.is_dir():
         raise FileNotFoundError(f"path must be a folder of images, but {root} is not a folder")
-    if any((root / name).is_dir() for name in SPLITS):
-        files = _image_files(root / split)
-    else:
-        files = [file for file in _image_files(root) if _hashed_split(file.relative_to(root)) == split]
+    files = _image_files(_split_root(root, split))
+    if not _has_split_folders(root):
+        files = [file for file in files if _hashed_split(file.relative_to(root)) == split]
     if not files:
         raise FileNotFoundError(f"no image for the {split} split in {root}")
     return files
+
+
+def _has_split_folders(root: Path) -> bool:
+    return any((root / name).is_dir() for name in SPLITS)
+
+
+def _split_root(root: Path, split: str) -> Path:
+    """The folder below which the files of a split are."""
+    return root / split if _has_split_folders(root) else root
+
+
+def _classes(root: Path, split: str, files: Sequence[Path]) -> tuple[tuple[str, ...], torch.Tensor]:
+    """The first-level subfolders of both splits, sorted, and which of them each file is in: (N,) int64.
+
+    Raises:
+        ValueError: for a file that is in none.
+    """
+    roots = {_split_root(root, name) for name in SPLITS}
+    names = tuple(sorted({_class_name(file, folder) for folder in roots for file in _image_files(folder)}))
+    numbers = {name: number for number, name in enumerate(names)}
+    own = _split_root(root, split)
+    return names, torch.tensor([numbers[_class_name(file, own)] for file in files])
+
+
+def _class_name(file: Path, root: Path) -> str:
+    first, *rest = file.relative_to(root).parts
+    if not rest:
+        raise ValueError(f"labels=True takes the subfolders of {root} for classes, but {file.name} is in none of them")
+    return first
 
 
 def _image_files(folder: Path) -> list[Path]:

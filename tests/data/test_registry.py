@@ -22,7 +22,7 @@ def test_a_new_dataset_is_one_line(monkeypatch):
 
 def test_every_entry_takes_a_split():
     for name in DATASETS:
-        options = {"path": "."} if name in ("idx", "image_folder") else {}
+        options = {"path": "."} if name in ("idx", "image_folder", "array_file") else {}
         with pytest.raises(ValueError, match="train, test; got 'valid'"):
             load_dataset(name, "valid", **options)
 
@@ -30,7 +30,7 @@ def test_every_entry_takes_a_split():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("cifar", {}, "fashion_mnist, idx, image_folder, spiral.*got 'cifar'"),
+        ("cifar", {}, "fashion_mnist, idx, image_folder, array_file, spiral.*got 'cifar'"),
         ("moons", {"sise": 3}, "'moons' has no option sise; it has size"),
         ("image_folder", {"path": ".", "bits": 3}, "no option bits; it has path, size, channels"),
         ("idx", {}, "'idx' needs the option path"),
