@@ -1,14 +1,17 @@
-"""Commands: train a config, sample from a run, evaluate its likelihood or the bound, count what a network costs.
+"""Commands: train a config, sample from a run, evaluate likelihood or bound, count a network's cost, plan a run.
 
     python -m sde_diffusion train --config=configs/demo.py --workdir=runs/demo --config.optim.lr=1e-3
     python -m sde_diffusion sample --workdir=runs/demo --solver=ode
     python -m sde_diffusion likelihood --workdir=runs/demo --count=64
     python -m sde_diffusion bound --workdir=runs/demo --count=64 --steps=1000 --terms=64
     python -m sde_diffusion info --config=configs/cifar10_ddpm.py --shape=3,32,32
+    python -m sde_diffusion plan --config=configs/cifar10_ddpm.py --shape=3,32,32 --devices=8 --device-type=a100
 
 All but train use the model that ships with the package when no --workdir is given. likelihood and bound evaluate the
-whole split without --count, go on where they were interrupted, and under torchrun share the examples:
+whole split without --count, and go on where they were interrupted. Under torchrun all ranks train one network, and
+share the samples or examples of the other commands:
 
+    torchrun --nproc-per-node=8 -m sde_diffusion train --config=configs/demo.py --workdir=runs/demo
     torchrun --nproc-per-node=8 -m sde_diffusion likelihood --workdir=runs/demo --split=test
 """
 
@@ -20,19 +23,18 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from absl import flags
 from ml_collections import ConfigDict, config_flags
-from torch import nn
 
 from sde_diffusion import __version__
 from sde_diffusion.bound import CODES
 from sde_diffusion.data import DATASETS, load_dataset
 from sde_diffusion.data.datasets import SPLITS
-from sde_diffusion.data.info import DataInfo
 from sde_diffusion.data.pictures import save_picture
 from sde_diffusion.evaluation import DatasetResult, Measure, bound_measure, evaluate_dataset, likelihood_measure
 from sde_diffusion.likelihood import METHODS, PROBES, TRACES
@@ -42,8 +44,12 @@ from sde_diffusion.ode import SolverError
 from sde_diffusion.samplers import sample, solvers
 from sde_diffusion.samplers.grids import GRIDS
 from sde_diffusion.training import ConfigError, Interrupted, TrainingError, load, train
-from sde_diffusion.training.checkpoint import build_model, checksum, model_file, pretrained, read_description
+from sde_diffusion.training.checkpoint import model_file, pretrained, read_description
 from sde_diffusion.training.config import NAMED, choose, choose_device, flatten, load_config_file, resolve_config
+from sde_diffusion.training.devices import DEVICES, choose_device_type
+from sde_diffusion.training.distributed import Ranks, launched, use_own_device
+from sde_diffusion.training.plan import Plan, autocast_dtype, check_devices, empty_network
+from sde_diffusion.training.storage import checksum, files_of
 
 Define = Callable[[flags.FlagValues], None]
 Run = Callable[[flags.FlagValues, ConfigDict | None], None]
@@ -117,11 +123,14 @@ def _apply(config: ConfigDict, arguments: Sequence[str]) -> list[str]:
         The arguments that remain.
     """
     pairs = [(a, *a.removeprefix("--config.").partition("=")[::2]) for a in arguments if a.startswith("--config.")]
+    paths = {field: value for _, field, value in pairs if field.endswith(".path")}
     done = set()
     for argument, field, value in pairs:
         section = field.removesuffix(".name")
         if section in NAMED:
-            choose(config, section, value)
+            # The one option without a default: there is no section without it.
+            path = paths.get(f"{section}.path")
+            choose(config, section, value, **({} if path is None else {"path": path}))
             done.add(argument)
     _check_fields([field for argument, field, _ in pairs if argument not in done], config)
     for argument, field, value in pairs:
@@ -174,6 +183,8 @@ def _train(values: flags.FlagValues, config: ConfigDict | None) -> None:
     if not config.workdir:
         raise ConfigError("--workdir is missing: the directory to write the run to")
     result = train(config)
+    if result.rank:
+        return
     loss = f", loss {result.metrics['loss']:.4f}" if result.metrics else ""
     parameters = sum(parameter.numel() for parameter in result.model.parameters())
     print(f"{result.step} steps done{loss}, {parameters:,} parameters; the run is in {result.workdir}")
@@ -198,6 +209,12 @@ def _define_sample(values: flags.FlagValues) -> None:
 
 
 def _sample(values: flags.FlagValues, config: ConfigDict | None) -> None:
+    with launched() as ranks:
+        _draw(values, config, ranks)
+
+
+def _draw(values: flags.FlagValues, config: ConfigDict | None, ranks: Ranks) -> None:
+    """Draw this rank's share of the samples; the first rank makes a picture of all."""
     model, _, _ = _model(values, config)
     classes = getattr(model.network, "classes", 0)
     if values.label is not None and not 0 <= values.label < classes:
@@ -218,15 +235,18 @@ def _sample(values: flags.FlagValues, config: ConfigDict | None) -> None:
         threshold=values.threshold,
         denoise=values.denoise,
         compile=values.compile,
-        progress=values.progress,
+        progress=values.progress and ranks.is_first,
         cond=cond,
         batch_size=values.batch_size,
+        shard=(ranks.rank, ranks.size),
         seed=values.seed,
         **options,
     )
-    save_picture(result.samples, model.data, values.output)
-    print(f"solver {values.solver}, nfe {result.nfe}, {result.seconds:.1f} seconds, {values.count} samples")
-    print(f"wrote {values.output}")
+    samples = ranks.collect(result.samples, ranks.share(values.count), values.count)
+    if ranks.is_first:
+        save_picture(samples, model.data, values.output)
+        print(f"solver {values.solver}, nfe {result.nfe}, {result.seconds:.1f} seconds, {values.count} samples")
+        print(f"wrote {values.output}")
 
 
 def _define_evaluation(values: flags.FlagValues) -> None:
@@ -251,14 +271,14 @@ class _Evaluation:
 
     def __init__(self, command: str, values: flags.FlagValues, config: ConfigDict | None):
         self.values = values
+        # Ranks meet in files alone: one that is slower, or killed and restarted, holds up no other.
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if "LOCAL_RANK" in os.environ and torch.accelerator.is_available():
-            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
+        use_own_device()
         self.model, section, path = _model(values, config)
         self.dataset, data = self._load(section)
         self.settings = {
             "version": __version__,
-            "model": checksum(model_file(path)),
+            "model": checksum(*files_of(model_file(path))),
             "data": data,
             "split": values.split,
             # Another kind of device draws other random numbers.
@@ -282,7 +302,7 @@ class _Evaluation:
                 f"--dataset={name}: its examples have shape {tuple(dataset.data_shape)} and {dataset.data}; "
                 f"the model's {tuple(model.data_shape)} and {model.data}"
             )
-        return dataset, {key: value for key, value in options.items() if key != "path"}
+        return dataset, {key: value for key, value in options.items() if key not in ("path", "cache")}
 
     def run(self, measure: Callable[..., Measure], options: dict[str, Any], folder: str = "") -> DatasetResult | None:
         """The result of this measure with these options, in a folder of the directory; None if other ranks go on."""
@@ -396,13 +416,7 @@ def _info(values: flags.FlagValues, config: ConfigDict | None) -> None:
     settings, shape = _settings_and_shape(values, config)
     options = dict(settings["network"])
     name, precision, batch_size = options.pop("name"), settings["train"]["precision"], settings["train"]["batch_size"]
-    try:
-        # Large networks are planned on small machines: no weight takes memory.
-        with torch.device("meta"):
-            network = cast(nn.Module, build_model(settings, shape, DataInfo(bits=None), None).network)
-    except TypeError as error:
-        raise ConfigError(f"network, sde or model: an option is of the wrong type: {error}") from error
-    autocast = torch.bfloat16 if precision == "bfloat16" else None
+    network, autocast = empty_network(settings, shape), autocast_dtype(precision)
     costs = account(network, shape, autocast=autocast, device=choose_device(values.device))
     forward, both = costs.forward_flops, costs.forward_flops + costs.backward_flops
     print(f"{name}({', '.join(f'{option}={value!r}' for option, value in options.items())}), data of shape {shape}\n")
@@ -417,6 +431,28 @@ def _info(values: flags.FlagValues, config: ConfigDict | None) -> None:
     print(f"a batch of {batch_size}: {quantity(batch_size * both, 'FLOP')} with the backward pass")
     print(f"  {quantity(costs.kept_bytes_of(batch_size), 'B')} kept for the backward pass")
     print("A multiply-add counts as two FLOPs. A step's peak of memory is higher than what it holds and keeps.")
+
+
+def _define_plan(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("shape", None, "of the data, as 3,32,32; by default the data set's", flag_values=values)
+    flags.DEFINE_integer("devices", 1, "how many there are", flag_values=values)
+    flags.DEFINE_string(
+        "device-type", "here", f"here, which is measured, or one of {', '.join(DEVICES)}", flag_values=values
+    )
+    flags.DEFINE_float("price", None, "dollars an hour of a device; by default a guess", flag_values=values)
+
+
+def _plan(values: flags.FlagValues, config: ConfigDict | None) -> None:
+    settings, shape = _settings_and_shape(values, config)
+    # Older runs lack fields, and a data set of the user's own is no section of a config.
+    settings = resolve_config({name: section for name, section in settings.items() if name != "data"}).to_dict()
+    check_devices(settings, values.devices)
+    device = choose_device_type(values["device-type"].value, settings["train"]["precision"])
+    if values.price is not None:
+        if not 0 <= values.price < math.inf:
+            raise ConfigError(f"--price={values.price}: must be at least 0")
+        device = replace(device, price=values.price)
+    print(Plan(settings, shape, device, values.devices).text())
 
 
 def _settings_and_shape(values: flags.FlagValues, config: ConfigDict | None) -> tuple[dict[str, Any], tuple[int, ...]]:
@@ -485,6 +521,7 @@ _COMMANDS: dict[str, tuple[Define, Run]] = {
     "likelihood": (_define_likelihood, _likelihood),
     "bound": (_define_bound, _bound),
     "info": (_define_info, _info),
+    "plan": (_define_plan, _plan),
 }
 
 # How each command that can be interrupted goes on.

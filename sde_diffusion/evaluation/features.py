@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sde_diffusion.data.datasets import ArrayDataset
-from sde_diffusion.training.checkpoint import CheckpointError, fill, load_tensors, save_tensors
+from sde_diffusion.training.storage import CheckpointError, Contents, StoredTensors, fill
 
 FEATURES = ("fashion_mnist",)
 _HEADER = "sde_diffusion_features"
@@ -98,15 +98,15 @@ def load_features(
     path = Path(__file__).with_name(f"{name}.safetensors") if name in FEATURES else Path(name)
     if not path.is_file():
         raise ValueError(f"name = {str(name)!r}: must be one of {', '.join(FEATURES)}, or a file of save_features")
-    tensors, header = load_tensors(path)
+    stored = StoredTensors(path)
     try:
-        description = json.loads(header[_HEADER])
+        description = json.loads(stored.header[_HEADER])
         # Its first weights are overwritten, so that drawing them is no reason to disturb the user's random numbers.
         with torch.random.fork_rng():
             network = FeatureNetwork(description["name"], description["classes"], description["dimension"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its header describes no feature network of this library") from error
-    fill(network, tensors, path)
+    fill(network, stored)
     return network.to(device).eval().requires_grad_(False)
 
 
@@ -124,7 +124,7 @@ def save_features(network: FeatureNetwork, path: str | os.PathLike[str], **about
         "dimension": network.dimension,
         **about,
     }
-    save_tensors(network.state_dict(), Path(path), {_HEADER: json.dumps(description)})
+    Contents(network.state_dict(), {_HEADER: json.dumps(description)}).write(Path(path))
 
 
 @torch.no_grad()

@@ -235,12 +235,12 @@ class _Pass:
         try:
             # A tensor that the network holds without registering it has values; it is made a fake one where it is used.
             with FakeTensorMode(allow_non_fake_inputs=True):
-                fake = _fake_copy(network, device)
+                fake = fake_copy(network, device)
                 self._kept = {tensor.untyped_storage()._cdata: 0 for tensor in [*fake.parameters(), *fake.buffers()]}
                 x = torch.empty(batch_size, *data_shape, dtype=example.dtype, device=device)
                 arguments = (x, x.new_empty(batch_size))
                 with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                    output = self._call(fake, arguments, _conditions(network, x))
+                    output = self._call(fake, arguments, conditions(network, x))
                 if output.requires_grad:
                     with backward:
                         output.backward(torch.empty_like(output))
@@ -298,7 +298,7 @@ class _Pass:
             yield module.register_forward_hook(leave)
 
 
-def _fake_copy(network: nn.Module, device: torch.device) -> nn.Module:
+def fake_copy(network: nn.Module, device: torch.device) -> nn.Module:
     """A copy to train, whose parameters and buffers have no values; to be made within a FakeTensorMode."""
     is_frozen = not any(parameter.requires_grad for parameter in network.parameters())
 
@@ -311,7 +311,7 @@ def _fake_copy(network: nn.Module, device: torch.device) -> nn.Module:
     return copy.deepcopy(network, memo).train()
 
 
-def _conditions(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
+def conditions(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """What the network is called with besides x (B, *data_shape) and t."""
     conditions = {}
     if getattr(network, "classes", 0):

@@ -20,7 +20,7 @@ axis, fixed (Vaswani et al. 2017, sec. 3.5; in the plane as by He et al. 2022).
 `published.PUBLISHED` has the sizes of DiT-S, B, L and XL.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Self
 
@@ -188,6 +188,10 @@ class DiT(nn.Module):
         for layer in (self.time_embedding[0], self.time_embedding[2], self.condition.table):
             if isinstance(layer, nn.Linear | nn.Embedding):
                 nn.init.normal_(layer.weight, std=0.02)
+
+    def units(self) -> Iterator[nn.Module]:
+        """The parts that are called as a whole, and only so: what can have its weights gathered for the call."""
+        yield from self.blocks
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, vector: Tensor | None = None) -> Tensor:
         """Data (B, C, H, W), times (B,) and conditions, where it has them, to (B, out_channels, H, W).

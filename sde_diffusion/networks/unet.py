@@ -14,7 +14,7 @@ With progressive input the image itself, halved level by level, is added to the 
 the image is a sum of parts, each doubled to the next level (Karras et al. 2020; Song et al. 2021, app. H).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -404,6 +404,11 @@ class UNet(nn.Module):
             if stage.image is not None:
                 output = stage.image(x, output)
         return output
+
+    def units(self) -> Iterator[nn.Module]:
+        """The parts that are called as a whole, and only so: what can have its weights gathered for the call."""
+        for stage in [*self.down, *self.middle, *self.up]:
+            yield from stage.children()
 
     def _run(self, stage: Stage, x: Tensor, embedding: Tensor, skip: Tensor | None = None) -> Any:
         if self.checkpointing and self.training:

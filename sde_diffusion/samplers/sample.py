@@ -149,7 +149,7 @@ def sample(
         dtype or (model.dtype if x_start is None else x_start.dtype),
         _compiler(compile, method),
     )
-    share = _share(n, shard)
+    share = share_of(n, shard)
     batch_size = batch_size or max(1, min(_SAMPLES_A_BATCH, _NUMBERS_A_BATCH // math.prod(model.data_shape)))
     batch_size = min(batch_size, len(share))
     results, paths, counts = [], [], []
@@ -323,8 +323,8 @@ def _solver(
     return make_solver(str(solver), options)
 
 
-def _share(n: int, shard: tuple[int, int]) -> range:
-    """The samples of one rank: parts in order, whose sizes differ by at most one."""
+def share_of(n: int, shard: tuple[int, int]) -> range:
+    """The samples of one rank, (rank, number of ranks): parts in order, whose sizes differ by at most one."""
     rank, ranks = shard
     if not 0 <= rank < ranks <= n:
         raise ValueError(f"shard = {shard}: need 0 <= rank < number of ranks <= n = {n}")

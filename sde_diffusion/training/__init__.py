@@ -1,5 +1,6 @@
 """How a network learns: config in, checkpoint out, resumable."""
 
+from sde_diffusion.training.callbacks import Callback
 from sde_diffusion.training.checkpoint import CheckpointError, load, pretrained
 from sde_diffusion.training.config import ConfigError, default_config, load_config_file, named, resolve_config
 from sde_diffusion.training.ema import post_hoc_average
@@ -7,6 +8,7 @@ from sde_diffusion.training.loop import TrainingError, TrainResult, train
 from sde_diffusion.training.run_directory import Interrupted
 
 __all__ = [
+    "Callback",
     "CheckpointError",
     "ConfigError",
     "Interrupted",

@@ -10,6 +10,8 @@
       state.json                        the step, and the losses since the last line of metrics
       checksums.json                    the SHA-256 of each of these files
 
+Of a run whose weights are sharded, each rank writes its part of every .safetensors file: see storage.py.
+
 A checkpoint is written file by file to a folder of another name, each file forced to the disk, and then renamed: a
 process can be killed at any instant, or find the disk full, and leaves the checkpoints before as they were. What
 happens to a file later is noticed by its checksum, and the checkpoint before is taken.
@@ -19,34 +21,42 @@ The header of every model file holds what is needed to rebuild the model, so tha
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from sde_diffusion.data.info import DataInfo
 from sde_diffusion.losses import TimeSampler
 from sde_diffusion.model import DiffusionModel
 from sde_diffusion.networks import build_network
 from sde_diffusion.sde import SDES
+from sde_diffusion.training.distributed import Ranks
+from sde_diffusion.training.storage import (
+    CheckpointError,
+    Contents,
+    StoredTensors,
+    checksum,
+    fill,
+    own,
+    own_rows,
+    part_of,
+    read_json,
+    sync,
+    write_json,
+)
 
 _HEADER = "sde_diffusion"
 _CHECKSUMS = "checksums.json"
-
-
-class CheckpointError(ValueError):
-    """A file that is missing, damaged, of another model, or cannot be written."""
 
 
 def build_model(config: Mapping[str, Any], data_shape: tuple[int, ...], data: DataInfo, network: Any) -> DiffusionModel:
@@ -81,8 +91,8 @@ def load(
         CheckpointError: if nothing is there, or it is damaged, or its tensors do not fit the network.
     """
     given, path = Path(path), model_file(Path(path), raw, average)
-    tensors, header = load_tensors(path)
-    description = _description(path, header)
+    stored = StoredTensors(path)
+    description = _description(stored)
     config = description["config"]
     if network is None and config["network"]["name"] == "custom":
         raise CheckpointError(f"{path}: was trained with a network of the user's own; pass it as network=")
@@ -92,7 +102,7 @@ def load(
             model = build_model(config, tuple(description["data_shape"]), DataInfo(**description["data"]), network)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its header describes no model of this library: {error}") from error
-    fill(model, tensors, path)
+    fill(model, stored)
     # What is made for this model alone, such as a calibrated solver, is kept beside it.
     model.directory = given if given.is_dir() else given.with_suffix("")
     return model.to(device).eval().requires_grad_(False)
@@ -100,8 +110,7 @@ def load(
 
 def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Config, data shape and data range of the model in a run directory or .safetensors; errors as for ``load``."""
-    path = model_file(Path(path))
-    return _description(path, load_tensors(path)[1])
+    return _description(StoredTensors(model_file(Path(path))))
 
 
 def pretrained(name: str) -> Path:
@@ -117,23 +126,8 @@ def pretrained(name: str) -> Path:
     return folder / f"{name}.safetensors"
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copy tensors into a module, keeping its memory format.
-
-    Raises:
-        CheckpointError: naming the first tensor that is missing, left over, or of another shape.
-    """
-    own = module.state_dict()
-    for name in [*own, *tensors]:
-        if name not in tensors or name not in own or own[name].shape != tensors[name].shape:
-            found = tuple(tensors[name].shape) if name in tensors else "nothing"
-            needed = tuple(own[name].shape) if name in own else "nothing"
-            raise CheckpointError(f"{path}: tensor {name}: the file has {found}, the network {needed}")
-    module.load_state_dict(dict(tensors))
-
-
 def model_file(path: Path, raw: bool = False, average: float | None = None) -> Path:
-    """The file that ``load`` reads for these arguments; errors as there."""
+    """The file that ``load`` reads for these arguments, which may be there in parts; errors as there."""
     if not path.is_dir():
         return path
     name = "raw.safetensors" if raw else "model.safetensors"
@@ -142,7 +136,10 @@ def model_file(path: Path, raw: bool = False, average: float | None = None) -> P
         raise CheckpointError(f"{path}: no checkpoint in this directory")
     if average is None:
         return checkpoint / name
-    kept = {float(file.stem.partition("-")[2]): file for file in checkpoint.glob("model-*.safetensors")}
+    stems = {
+        file.name.removesuffix(".safetensors").split(".rank-")[0] for file in checkpoint.glob("model-*.safetensors")
+    }
+    kept = {float(stem.partition("-")[2]): checkpoint / f"{stem}.safetensors" for stem in stems}
     if raw or average not in kept:
         raise CheckpointError(
             f"average = {average}, raw = {raw}: {checkpoint} has raw weights, the main average, and beside it those of "
@@ -189,32 +186,144 @@ def set_aside_after(workdir: Path, step: int) -> None:
             checkpoint.rename(aside)
 
 
-def save_checkpoint(
-    workdir: Path,
-    state: Mapping[str, float],
+class Checkpoints:
+    """What writes the checkpoints of a run, one at a time: while the run goes on, if that is asked for.
+
+    One process writes all of it, or of a sharded run each rank its part.
+    """
+
+    def __init__(self, workdir: Path, ranks: Ranks, keep: int, keep_every: int = 0, in_background: bool = False):
+        """Write nothing yet.
+
+        Args:
+            workdir: the directory of the run.
+            ranks: who writes.
+            keep: how many of the newest checkpoints stay.
+            keep_every: those whose step is a multiple of it stay too; 0 for none.
+            in_background: whether ``write`` returns as soon as everything is copied to the CPU's memory.
+        """
+        self._folder, self._ranks, self._keep, self._keep_every = workdir / "checkpoints", ranks, keep, keep_every
+        self._writer = ThreadPoolExecutor(1, "checkpoint") if in_background else None
+        self._group = ranks.group_of_cpus() if ranks.sharded else None
+        self._written: Future[Path] | None = None
+
+    def write(self, state: Mapping[str, Any], files: Mapping[str, tuple[Mapping[str, Tensor], dict[str, str]]]) -> None:
+        """Write everything needed to go on from state["step"], then delete all but the newest checkpoints.
+
+        Args:
+            state: JSON values, the step among them.
+            files: tensors and a header by the name of their file.
+
+        Raises:
+            CheckpointError: as ``finish``; of the checkpoint before too, if that is still being written.
+        """
+        assert self._written is None
+        if not (self._ranks.is_first or self._ranks.sharded):
+            return
+        copied = {name: Contents(*content, self._ranks.is_first) for name, content in files.items()}
+        contents = {name: content for name, content in copied.items() if content.nbytes}
+        if self._writer:
+            self._written = self._writer.submit(self._write, dict(state), contents)
+        else:
+            self._written = Future()
+            self._written.set_result(self._write(dict(state), contents))
+
+    def finish(self) -> Path | None:
+        """Wait for the checkpoint that is being written: its folder, on ranks that write; None if there is none.
+
+        Raises:
+            CheckpointError: if it cannot be written, as on a full disk; nothing of it is left, and the others stay.
+        """
+        written, self._written = self._written, None
+        return None if written is None else written.result()
+
+    def close(self) -> None:
+        """End the thread that writes, after what it has begun."""
+        if self._writer:
+            self._writer.shutdown()
+
+    def _write(self, state: dict[str, Any], contents: dict[str, Contents]) -> Path:
+        final = self._folder / f"{state['step']:08d}"
+        partial = final.with_name(f"partial-{final.name}")
+        error = None
+        try:
+            if self._ranks.is_first:
+                _remove_partial(self._folder)
+                partial.mkdir(parents=True)
+                write_json(partial / "state.json", state)
+        except OSError as failure:
+            error = failure
+        if self._all_well(error is None):
+            error = self._write_own(partial, contents)
+        if not self._all_well(error is None):
+            shutil.rmtree(partial, ignore_errors=True)
+            raise self._explained(final, error, sum(content.nbytes for content in contents.values())) from error
+        if self._ranks.is_first:
+            try:
+                self._complete(partial, final)
+            except OSError as failure:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise self._explained(final, failure, sum(each.nbytes for each in contents.values())) from failure
+        return final
+
+    def _write_own(self, partial: Path, contents: Mapping[str, Contents]) -> OSError | None:
+        """Write this rank's files and their checksums; what went wrong, or None."""
+        rank, ranks = self._ranks.rank, self._ranks.size
+        checksums = {}
+        try:
+            for name, content in contents.items():
+                path = part_of(partial / name, rank, ranks) if self._ranks.sharded else partial / name
+                content.write(path)
+                checksums[path.name] = checksum(path)
+            write_json(part_of(partial / _CHECKSUMS, rank, ranks), checksums)
+        except OSError as error:
+            return error
+        return None
+
+    def _complete(self, partial: Path, final: Path) -> None:
+        """Join the ranks' checksums, give a checkpoint its name, and delete old ones."""
+        checksums = {"state.json": checksum(partial / "state.json")}
+        for path in sorted(partial.glob(f"{Path(_CHECKSUMS).stem}.rank-*")):
+            checksums |= read_json(path)
+            path.unlink()
+        write_json(partial / _CHECKSUMS, checksums)
+        sync(partial)
+        partial.rename(final)
+        sync(final.parent)
+        for old in _checkpoints(final.parent.parent)[: -self._keep]:
+            if self._keep_every == 0 or int(old.name) % self._keep_every:
+                # Renamed first: a checkpoint is never there in part.
+                old.rename(old.with_name(f"partial-{old.name}"))
+        _remove_partial(final.parent)
+
+    def _all_well(self, is_well: bool) -> bool:
+        """Whether all ranks that write are well; the slowest is waited for."""
+        return is_well if self._group is None else not self._ranks.largest(int(not is_well), self._group)
+
+    def _explained(self, final: Path, error: OSError | None, needed: int) -> CheckpointError:
+        if error is None:
+            return CheckpointError(f"{final} cannot be written by another rank; the checkpoints before it are whole")
+        return CheckpointError(
+            f"{final} cannot be written: {error}; it takes {needed / 1e6:.3g} MB, and "
+            f"{shutil.disk_usage(self._folder.parent).free / 1e6:.3g} MB are free; the checkpoints before it are whole"
+        )
+
+
+def contents_of(
     config: Mapping[str, Any],
     raw: DiffusionModel,
     averages: Mapping[str, DiffusionModel],
     optimizer: torch.optim.Optimizer,
     times: TimeSampler,
-    keep: int,
-    keep_every: int = 0,
-) -> Path:
-    """Write everything needed to go on from state["step"], then delete all but the newest checkpoints.
+) -> dict[str, tuple[Mapping[str, Tensor], dict[str, str]]]:
+    """The tensors of a checkpoint and their headers, by their files' names.
 
     Args:
-        workdir: the directory of the run.
-        state: numbers, the step among them.
         config: what the headers of the models say of them.
         raw: the model being trained.
         averages: models by the names of their files, the main one "model".
         optimizer: its moments are stored.
         times: what it has learnt is stored.
-        keep: how many of the newest checkpoints stay.
-        keep_every: those whose step is a multiple of it stay too; 0 for none.
-
-    Raises:
-        CheckpointError: if it cannot be written, as on a full disk; nothing of it is left, and the others stay.
     """
     files: dict[str, tuple[Mapping[str, Tensor], dict[str, str]]] = {
         f"{name}.safetensors": (model.state_dict(), _header(model, config))
@@ -223,31 +332,7 @@ def save_checkpoint(
     files["optimizer.safetensors"] = (dict(_optimizer_tensors(optimizer)), {})
     if learnt := times.state_dict():
         files["times.safetensors"] = (learnt, {})
-    final = workdir / "checkpoints" / f"{state['step']:08d}"
-    partial = final.with_name(f"partial-{final.name}")
-    _remove_partial(final.parent)
-    try:
-        partial.mkdir(parents=True)
-        for name, (tensors, header) in files.items():
-            save_tensors(tensors, partial / name, header)
-        write_json(partial / "state.json", state)
-        write_json(partial / _CHECKSUMS, {name: checksum(partial / name) for name in [*files, "state.json"]})
-        _sync(partial)
-        partial.rename(final)
-        _sync(final.parent)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        needed = sum(tensor.nbytes for tensors, _ in files.values() for tensor in tensors.values())
-        raise CheckpointError(
-            f"{final} cannot be written: {error}; it takes {needed / 1e6:.3g} MB, and "
-            f"{shutil.disk_usage(workdir).free / 1e6:.3g} MB are free; the checkpoints before it are whole"
-        ) from error
-    for old in _checkpoints(workdir)[:-keep]:
-        if keep_every == 0 or int(old.name) % keep_every:
-            # Renamed first: a checkpoint is never there in part.
-            old.rename(old.with_name(f"partial-{old.name}"))
-    _remove_partial(final.parent)
-    return final
+    return files
 
 
 def load_checkpoint(
@@ -257,68 +342,47 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     times: TimeSampler,
 ) -> dict[str, Any]:
-    """Restore what ``save_checkpoint`` wrote; returns its state.
+    """Restore what was stored by any number of ranks; returns its state.
 
     Raises:
         CheckpointError: naming the damaged file or the tensor that does not fit.
     """
     for name, model in {"raw": raw, **averages}.items():
-        file = path / f"{name}.safetensors"
-        fill(model, load_tensors(file)[0], file)
-    moments: dict[int, dict[str, Tensor]] = {}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for name, tensor in load_tensors(path / "optimizer.safetensors")[0].items():
-        index, _, kind = name.partition(".")
-        if not index.isdigit() or int(index) >= len(parameters):
-            raise CheckpointError(f"{path / 'optimizer.safetensors'}: tensor {name} belongs to no parameter")
-        parameter = parameters[int(index)]
-        if tensor.shape != parameter.shape and kind != "step":
-            raise CheckpointError(
-                f"{path / 'optimizer.safetensors'}: tensor {name}: the file has {tuple(tensor.shape)}, "
-                f"the network {tuple(parameter.shape)}"
-            )
-        if tensor.ndim:
-            # In the parameter's own memory format: a fused step walks both in storage order.
-            tensor = torch.empty_like(parameter).copy_(tensor)
-        moments.setdefault(int(index), {})[kind] = tensor
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        fill(model, StoredTensors(path / f"{name}.safetensors"))
+    _load_moments(optimizer, StoredTensors(path / "optimizer.safetensors"))
     if times.state_dict():
-        learnt = load_tensors(path / "times.safetensors")[0]
+        stored = StoredTensors(path / "times.safetensors")
         try:
-            times.load_state_dict(learnt)
+            times.load_state_dict({name: stored.read(name) for name in stored.shapes})
         except ValueError as error:
-            raise CheckpointError(f"{path / 'times.safetensors'}: {error}") from error
+            raise CheckpointError(f"{stored.path}: {error}") from error
     state = read_json(path / "state.json")
     if not isinstance(state, dict) or not isinstance(state.get("step"), int):
         raise CheckpointError(f"{path / 'state.json'}: must hold the step, a whole number")
     return state
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    write_text(path, json.dumps(values, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    _sync(partial)
-    partial.replace(path)
-
-
-def checksum(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file; CheckpointError if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+def _load_moments(optimizer: torch.optim.Optimizer, stored: StoredTensors) -> None:
+    """Give an optimizer its moments, each with the rows that this rank has of the parameter."""
+    moments: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, shape in stored.shapes.items():
+        index, _, kind = name.partition(".")
+        if not index.isdigit() or int(index) >= len(parameters):
+            raise CheckpointError(f"{stored.path}: tensor {name} belongs to no parameter")
+        parameter = parameters[int(index)]
+        if kind == "step":
+            moment = stored.read(name)
+        elif shape != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{stored.path}: tensor {name}: the file has {shape}, the network {tuple(parameter.shape)}"
+            )
+        else:
+            # In the parameter's own memory format: a fused step walks both in storage order.
+            moment = torch.empty_like(parameter)
+            own(moment).copy_(stored.read(name, own_rows(parameter)))
+        moments.setdefault(int(index), {})[kind] = moment
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _verify(checkpoint: Path, name: str | None) -> None:
@@ -328,7 +392,7 @@ def _verify(checkpoint: Path, name: str | None) -> None:
     expected = read_json(checkpoint / _CHECKSUMS)
     if not isinstance(expected, dict):
         raise CheckpointError(f"{checkpoint / _CHECKSUMS}: must hold the checksum of each file")
-    for path in [checkpoint / known for known in expected if name in (None, known)]:
+    for path in [checkpoint / known for known in expected if name is None or _is_of(known, name)]:
         try:
             is_whole = checksum(path) == expected[path.name]
         except OSError as error:
@@ -337,19 +401,24 @@ def _verify(checkpoint: Path, name: str | None) -> None:
             raise CheckpointError(f"{path}: damaged: its SHA-256 is not the one in {_CHECKSUMS}")
 
 
+def _is_of(known: str, name: str) -> bool:
+    """Whether a file is the one of this name, or a part of it."""
+    return known == name or known.startswith(f"{name.removesuffix('.safetensors')}.rank-")
+
+
 def _remove_partial(checkpoints: Path) -> None:
     """Delete what a killed process was writing or deleting."""
     for partial in checkpoints.glob("partial-*"):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _description(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
+def _description(stored: StoredTensors) -> dict[str, Any]:
     try:
-        description = json.loads(header[_HEADER])
+        description = json.loads(stored.header[_HEADER])
         DataInfo(**description["data"])
         tuple(description["data_shape"]), description["config"]["network"]["name"]
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its header does not describe a model of this library") from error
+        raise CheckpointError(f"{stored.path}: its header does not describe a model of this library") from error
     return description
 
 
@@ -370,41 +439,5 @@ def _header(model: DiffusionModel, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def save_model(model: DiffusionModel, path: Path, config: Mapping[str, Any]) -> None:
-    """Write a model with a header that rebuilds it, whole or not at all; errors as for ``save_tensors``."""
-    save_tensors(model.state_dict(), path, _header(model, config))
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, header: dict[str, str]) -> None:
-    """Write a .safetensors file with a header of strings, whole or not at all.
-
-    Raises:
-        OSError: if it cannot be written, as on a full disk.
-    """
-    partial = path.with_name(path.name + ".partial")
-    # Copied: safetensors refuses tensors that share memory, such as tied weights.
-    copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    try:
-        save_file(copies, partial, metadata=header)
-    except SafetensorError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"{path}: {error}") from error
-    _sync(partial)
-    partial.replace(path)
-
-
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a .safetensors file and its header; CheckpointError if it is missing or damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in sorted(file.keys())}, file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-
-
-def _sync(path: Path) -> None:
-    """Have the system write a file or directory to the disk now."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Write a model with a header that rebuilds it, whole or not at all; OSError if it cannot be written."""
+    Contents(model.state_dict(), _header(model, config)).write(path)

@@ -20,6 +20,7 @@ from sde_diffusion.model import PREDICTIONS
 from sde_diffusion.networks import NETWORKS
 from sde_diffusion.sde import SDES
 from sde_diffusion.training.ema import NARROWEST, WIDEST
+from sde_diffusion.training.schedules import SCHEDULES
 
 
 class ConfigError(ValueError):
@@ -46,9 +47,9 @@ class Sections(ConfigDict):
 def default_config() -> ConfigDict:
     """Every field of a run, locked against misspelling; a file in configs/ changes some of them.
 
-    ``sde``, ``network``, ``data``, ``loss.weighting`` and ``loss.time`` name a class or function of the library;
-    their other fields are its keyword arguments. Another is chosen with ``config.network = named("mlp", width=128)``,
-    or with its defaults by its name alone, ``config.network = "mlp"``.
+    ``sde``, ``network``, ``data``, ``loss.weighting``, ``loss.time`` and ``optim.schedule`` name a class or function of
+    the library; their other fields are its keyword arguments. Another is chosen with
+    ``config.network = named("mlp", width=128)``, or with its defaults by its name alone, ``config.network = "mlp"``.
     """
     return Sections(
         {
@@ -83,7 +84,7 @@ def default_config() -> ConfigDict:
                 "eps": 1e-8,
                 "weight_decay": 0.0,
                 "warmup": 1000,  # steps of linear rise
-                "schedule": "cosine",  # falls to 0 after the last step; or "constant"
+                "schedule": _section("optim.schedule", {"name": "cosine"}),  # after the rise
                 "grad_clip": 1.0,  # largest norm of the gradient; 0 does not clip
             },
             "ema": {
@@ -94,17 +95,31 @@ def default_config() -> ConfigDict:
             },
             "train": {
                 "steps": 100_000,
-                "batch_size": 128,
+                "batch_size": 128,  # of a step, on all ranks together
+                "accumulation": 1,  # parts that a rank's share of the batch is computed in, one after another
+                "parallel": "auto",  # of several ranks: "ddp", which is auto's, or "fsdp", which shards the weights
                 "device": "auto",  # the accelerator if there is one; or a torch device
-                "precision": "float32",  # or "bfloat16": autocast of the network
-                "workers": 0,  # processes that load data
+                "precision": "float32",  # or autocast of the network to "bfloat16", or "float16" with a scaled loss
+                "workers": 0,  # processes that load data, on each rank
+                "prefetch": 2,  # batches that each of them loads ahead
                 "label_dropout": 0.1,  # share of labels hidden, so that the model can be asked without one
                 "log_every": 100,  # steps between lines of metrics
                 "checkpoint_every": 2000,
                 "keep_checkpoints": 2,
                 "keep_every": 0,  # steps between checkpoints that stay for good; 0: none does
+                "async_checkpoints": True,  # write them while training goes on
                 "sample_every": 10_000,  # steps between pictures, of images or points in the plane; 0: none
                 "sample_count": 64,
+            },
+            "evaluation": {
+                "every": 0,  # steps between evaluations of the averaged model; 0: none
+                "loss_count": 1024,  # held-out examples whose loss is measured; 0: none
+                "levels": 10,  # noise levels at which it is measured besides
+                "likelihood_count": 0,  # held-out examples whose likelihood is measured
+                "frechet_count": 0,  # samples whose Fréchet distance to the training data is measured
+                "features": "",  # the feature network of that distance; by default the one for the data
+                "batch_size": 64,  # on each rank
+                "patience": 0,  # evaluations without a smaller held-out loss after which the run ends; 0: it never does
             },
             "workdir": "",  # nothing is written without one
         }
@@ -122,21 +137,36 @@ RESUMABLE = frozenset(
     {
         "workdir",
         "data.path",
+        "data.cache",
         "train.device",
+        # Of the same batch, but for rounding and the draws of dropout.
+        "train.accumulation",
+        "train.parallel",
         "train.workers",
+        "train.prefetch",
         "ema.snapshot_every",
         "train.log_every",
         "train.checkpoint_every",
         "train.keep_checkpoints",
         "train.keep_every",
+        "train.async_checkpoints",
         "train.sample_every",
         "train.sample_count",
+        "evaluation.every",
+        "evaluation.loss_count",
+        "evaluation.levels",
+        "evaluation.likelihood_count",
+        "evaluation.frechet_count",
+        "evaluation.features",
+        "evaluation.batch_size",
+        # When a run ends is no part of a step.
+        "evaluation.patience",
     }
 )
 
 _CHOICES = {
-    "optim.schedule": ("cosine", "constant"),
-    "train.precision": ("float32", "bfloat16"),
+    "train.precision": ("float32", "bfloat16", "float16"),
+    "train.parallel": ("auto", "ddp", "fsdp"),
     "model.prediction": tuple(PREDICTIONS),
     "loss.spread": tuple(SPREADS),
 }
@@ -148,8 +178,15 @@ _POSITIVE: tuple[str, ...] = (
     "train.batch_size",
     "train.log_every",
     "train.sample_count",
+    "evaluation.batch_size",
 )
-_POSITIVE += ("train.checkpoint_every", "train.keep_checkpoints", "ema.snapshot_every")
+_POSITIVE += (
+    "train.accumulation",
+    "train.prefetch",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "ema.snapshot_every",
+)
 _NOT_NEGATIVE: tuple[str, ...] = (
     "seed",
     "optim.weight_decay",
@@ -157,6 +194,12 @@ _NOT_NEGATIVE: tuple[str, ...] = (
     "optim.grad_clip",
     "train.steps",
     "train.workers",
+    "evaluation.every",
+    "evaluation.loss_count",
+    "evaluation.levels",
+    "evaluation.likelihood_count",
+    "evaluation.frechet_count",
+    "evaluation.patience",
 )
 _NOT_NEGATIVE += ("train.sample_every", "train.keep_every")
 _FRACTIONS = ("optim.beta1", "optim.beta2", "ema.decay", "train.label_dropout")
@@ -168,6 +211,7 @@ NAMED: dict[str, tuple[Mapping[str, Callable[..., Any]], tuple[str, ...]]] = {
     "network": (NETWORKS, ("data_shape", "out_channels")),
     "loss.weighting": (WEIGHTINGS, ()),
     "loss.time": (TIMES, ("sde",)),
+    "optim.schedule": (SCHEDULES, ()),
 }
 _NAMED_FIELDS = {field.rpartition(".")[2]: field for field in NAMED}
 
@@ -213,14 +257,18 @@ def load_config_file(path: str | os.PathLike[str]) -> ConfigDict:
     return config
 
 
-def choose(config: ConfigDict, field: str, name: str) -> None:
-    """Set a named section to another class or function of the library, with its defaults; errors as for the config."""
+def choose(config: ConfigDict, field: str, name: str, **options: Any) -> None:
+    """Set a named section to another class or function of the library, with its defaults but for these options.
+
+    Raises:
+        ConfigError: as for the config.
+    """
     section, _, last = field.rpartition(".")
     parent = config[section] if section else config
     if parent[last].name == name:
         return
     with config.unlocked():
-        parent[last] = ConfigDict(_section(field, {"name": name}))
+        parent[last] = ConfigDict(_section(field, {"name": name, **options}))
 
 
 def choose_device(name: str, argument: str = "device") -> torch.device:
@@ -321,6 +369,12 @@ def _check(values: dict[str, Any]) -> None:
         raise ConfigError(
             f"train.keep_every = {flat['train.keep_every']}: must be a multiple of train.checkpoint_every = "
             f"{flat['train.checkpoint_every']}, as only checkpoints can be kept"
+        )
+    if flat["evaluation.patience"] and not (flat["evaluation.every"] and flat["evaluation.loss_count"]):
+        raise ConfigError(
+            f"evaluation.patience = {flat['evaluation.patience']}: needs held-out losses to wait for; "
+            f"evaluation.every = {flat['evaluation.every']}, evaluation.loss_count = {flat['evaluation.loss_count']}: "
+            "must be positive too"
         )
     _check_averages(flat["ema.decay"], flat["ema.further_decays"], flat["ema.widths"])
 

@@ -29,7 +29,9 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.model import DiffusionModel
-from sde_diffusion.training.checkpoint import CheckpointError, fill, load, load_tensors, save_model
+from sde_diffusion.training.checkpoint import load, save_model
+from sde_diffusion.training.distributed import Ranks
+from sde_diffusion.training.storage import CheckpointError, StoredTensors, fill, own
 
 # Of σ_rel. The widest weighs all steps alike, γ = 0; the narrowest is one step of a run of a million.
 NARROWEST, WIDEST = 1e-6, 12**-0.5
@@ -84,13 +86,27 @@ class Averages:
     @torch.no_grad()
     def update(self, model: DiffusionModel, step: int) -> None:
         """Move every average towards the weights after ``step`` steps."""
-        weights: list[Tensor] = list(model.parameters())
+        weights = [own(weight) for weight in model.parameters()]
         for name, decay in self._decays.items():
-            average: list[Tensor] = list(self.models[name].parameters())
+            average = [own(weight) for weight in self.models[name].parameters()]
             torch._foreach_lerp_(average, weights, 1 - decay(step))
 
-    def save_snapshots(self, workdir: Path, step: int, config: Mapping[str, Any]) -> None:
+    def save_snapshots(
+        self,
+        workdir: Path,
+        step: int,
+        config: Mapping[str, Any],
+        whole: Callable[[DiffusionModel], DiffusionModel],
+        ranks: Ranks,
+    ) -> None:
         """Keep the power-function averages as they are after ``step`` steps, each file whole or not at all.
+
+        Args:
+            workdir: the directory of the run.
+            step: of the averages.
+            config: what the headers of the files say of them.
+            whole: gathers a model of which each rank has a part.
+            ranks: of which the first writes.
 
         Raises:
             CheckpointError: if they cannot be written, as on a full disk; the run's checkpoints stay.
@@ -99,7 +115,9 @@ class Averages:
         try:
             folder.mkdir(exist_ok=True)
             for width in self.widths:
-                save_model(self.models[_power_name(width)], folder / f"{step:08d}-{width}.safetensors", config)
+                model = whole(self.models[_power_name(width)])
+                if ranks.is_first:
+                    save_model(model, folder / f"{step:08d}-{width}.safetensors", config)
         except OSError as error:
             raise CheckpointError(
                 f"{folder}: a snapshot cannot be written: {error}; the checkpoints before it are whole"
@@ -175,7 +193,7 @@ def post_hoc_average(
     model = load(list(kept.values())[-1], network=network)
     total = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in model.named_parameters()}
     for share, path in zip(weights, kept.values(), strict=True):
-        fill(model, load_tensors(path)[0], path)
+        fill(model, StoredTensors(path))
         for name, weight in model.named_parameters():
             total[name].add_(weight, alpha=float(share))
     for name, weight in model.named_parameters():

@@ -5,17 +5,17 @@
     averages of the weights move after every step; training/ema.py has their formulas
 
 Every random number of a step is a function of the seed, the step and the example's place in the global batch alone
-(dropout: of the seed and the step), so a resumed run takes exactly the steps that an uninterrupted one would.
+(dropout: of the seed, the step, the rank and the part of its share), so a resumed run takes exactly the steps that an
+uninterrupted one would, and one on more ranks the same but for rounding; training/distributed.py has how they share.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import time
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,95 +24,145 @@ import numpy as np
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler, default_collate
 from tqdm import tqdm
 
 from sde_diffusion.data import as_dataset, load_dataset
+from sde_diffusion.data.datasets import DataSource
 from sde_diffusion.data.pictures import has_picture, save_picture
-from sde_diffusion.losses import SPREADS, TIMES, WEIGHTINGS, Hybrid, TimeSampler, Weighting, denoising_loss
+from sde_diffusion.losses import (
+    SPREADS,
+    TIMES,
+    WEIGHTINGS,
+    Hybrid,
+    TimeSampler,
+    Weighting,
+    denoising_loss,
+    independent,
+)
 from sde_diffusion.model import DiffusionModel
 from sde_diffusion.samplers.noise import Streams
 from sde_diffusion.samplers.sample import sample
+from sde_diffusion.training.batches import batches
+from sde_diffusion.training.callbacks import Callback, as_callback
 from sde_diffusion.training.checkpoint import (
+    Checkpoints,
     build_model,
+    contents_of,
     load_checkpoint,
     newest_whole,
-    read_json,
-    save_checkpoint,
     set_aside_after,
-    write_text,
 )
 from sde_diffusion.training.config import RESUMABLE, ConfigError, choose_device, flatten, resolve_config
+from sde_diffusion.training.distributed import Gathered, Ranks, exchanging, launched, replicate, shard, whole
 from sde_diffusion.training.ema import Averages, drop_snapshots
+from sde_diffusion.training.held_out import Evaluation
+from sde_diffusion.training.log import Log, Stopwatch
 from sde_diffusion.training.run_directory import (
     Interrupted,
     Signals,
     check_data,
     check_version,
     locked,
-    outlast_a_signal,
     write_manifest,
 )
+from sde_diffusion.training.schedules import SCHEDULES, Schedule
+from sde_diffusion.training.storage import read_json
+
+_AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: the loss or its gradient is no longer finite."""
+    """Training cannot go on: the loss or its gradient is no longer finite, or the memory is too small."""
 
 
 @dataclass
 class TrainResult:
-    """Where a run stands; what ``train`` returns and its callbacks are given."""
+    """Where a run stands; what ``train`` returns and its callbacks are given.
+
+    During a run whose weights are sharded, those of both models are DTensors; afterwards they are whole.
+    """
 
     model: DiffusionModel  # with averaged weights: for sampling and evaluation
     raw_model: DiffusionModel  # with the weights being trained
     step: int
     workdir: Path | None
     metrics: dict[str, float] = field(default_factory=dict)  # the last line logged
+    evaluation: dict[str, float] = field(default_factory=dict)  # the last one
+    rank: int = 0
+    ranks: int = 1
+    stop: bool = False  # set by a callback, on any rank: ends the run after this step, with a checkpoint
 
 
 def train(
     config: ConfigDict | Mapping[str, Any] | str | Path,
     network: nn.Module | None = None,
     dataset: Any = None,
-    callbacks: Sequence[Callable[[TrainResult], None]] = (),
+    callbacks: Sequence[Callback | Callable[[TrainResult], None]] = (),
+    held_out: Any = None,
 ) -> TrainResult:
     """Train a score network, or go on with the run that is in ``config.workdir``.
+
+    In each of the processes that torchrun started, it trains one network with all of them.
 
     Args:
         config: some or all fields of ``default_config``, or the path of a file in configs/.
         network: a module called as network(x, t), in place of the config's.
         dataset: an array (N, ...), a tensor or a torch Dataset, in place of the config's.
-        callbacks: each called with a TrainResult after every line of metrics.
+        callbacks: each a ``Callback``, or a function that is called with a TrainResult after every line of metrics.
+        held_out: beside a data set of one's own, data to evaluate on; of the config's it is the test split.
 
     Returns:
         The averaged and the raw model, the step reached, the last metrics and the run's directory.
 
     Raises:
-        ConfigError: for a field that is unknown or wrong, or differs from that of the run to go on with.
+        ConfigError: for a field that is unknown or wrong, or differs from that of the run to go on with; for ranks that
+            do not divide the batch.
         ValueError: if network, data set and config do not fit together, or the data hold NaN; naming which.
             Also for data that are not those of the run to go on with, and a directory that another process trains in.
         CheckpointError: if all checkpoints of the run to go on with are damaged, or the newest is of another model, or
             the run of another version of the library; or if a checkpoint cannot be written: those before it stand.
-        TrainingError: if the loss or its gradient is no longer finite; the last checkpoint stands.
+        TrainingError: if the loss or its gradient is no longer finite, or memory does not suffice; the last checkpoint
+            stands.
         Interrupted: at SIGTERM or SIGINT in a run with a directory, after the step and its checkpoint: a SystemExit
             with the code 128 + signal. A second signal has its usual effect at once.
     """
     config = resolve_config(config)
     description = _description(config, network is not None, dataset is not None)
-    dataset = load_dataset(split="train", **config.data) if dataset is None else as_dataset(dataset)
-    device = choose_device(config.train.device, "train.device")
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        try:
-            raw = build_model(description, dataset.data_shape, dataset.data, network).to(device)
-            weighting = _build(WEIGHTINGS, config.loss.weighting)
-            times = _build(TIMES, config.loss.time, raw.sde)
-        except TypeError as error:
-            raise ConfigError(f"network, sde, model or loss: an option is of the wrong type: {error}") from error
-        _check_fit(config, raw, weighting, dataset)
-        with locked(Path(config.workdir)) if config.workdir else nullcontext():
-            run = _Run(config, description, dataset, raw, weighting, times, device)
-            return run.finish(callbacks)
+    # Before the ranks meet: the first to decode a folder of images may take long, and the others need not wait in vain.
+    dataset, held_out = _data(config, dataset, held_out)
+    with launched(config.train.parallel == "fsdp") as ranks:
+        _check_ranks(config, ranks)
+        device = choose_device(config.train.device, "train.device")
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            try:
+                raw = build_model(description, dataset.data_shape, dataset.data, network)
+                weighting = _build(WEIGHTINGS, config.loss.weighting)
+                times = _build(TIMES, config.loss.time, raw.sde)
+                schedule = _build(SCHEDULES, config.optim.schedule)
+            except TypeError as error:
+                raise ConfigError(
+                    f"network, sde, model, loss or optim: an option is of the wrong type: {error}"
+                ) from error
+            _check_fit(config, raw, weighting, dataset)
+            evaluation = None
+            if config.evaluation.every:
+                evaluation = Evaluation(config, weighting, times, dataset, held_out, ranks)
+                evaluation.check(raw)
+            with locked(Path(config.workdir)) if config.workdir and ranks.is_first else nullcontext():
+                run = _Run(config, description, dataset, raw, weighting, times, schedule, evaluation, device, ranks)
+                return run.finish([as_callback(callback) for callback in callbacks])
+
+
+class _Objective(nn.Module):
+    """The loss as a module, which is what ranks average the gradients of."""
+
+    def __init__(self, model: DiffusionModel, weighting: Weighting):
+        super().__init__()
+        self.model, self.weighting = model, weighting
+
+    def forward(self, x0: Tensor, t: Tensor, noise: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        return denoising_loss(self.model, x0, t, noise, self.weighting, **cond)
 
 
 class _Run:
@@ -126,14 +176,23 @@ class _Run:
         raw: DiffusionModel,
         weighting: Weighting,
         times: TimeSampler,
+        schedule: Schedule,
+        evaluation: Evaluation | None,
         device: torch.device,
+        ranks: Ranks,
     ):
         self.config, self.description, self.dataset = config, description, dataset
-        self.raw, self.weighting, self.times, self.device = raw, weighting, times, device
-        self.workdir = Path(config.workdir) if config.workdir else None
-        self.step = 0
-        # Since the last line of metrics: it may be further back than the checkpoint that a run is taken up from.
-        self.logged_step, self.unlogged_loss = 0, torch.zeros((), device=device)
+        self.raw, self.times, self.schedule, self.device, self.ranks = raw, times, schedule, device, ranks
+        self.evaluation, self.workdir = evaluation, Path(config.workdir) if config.workdir else None
+        self.share = ranks.share(config.train.batch_size)
+        self.averages = Averages(raw, config.ema.decay, config.ema.further_decays, config.ema.widths)
+        self.averaged = self.averages.models["model"]
+        self.gathered = Gathered(raw) if ranks.sharded else None
+        for model in (raw, *self.averages.models.values()):
+            if ranks.sharded:
+                shard(model.network, ranks, device)
+            model.to(device)
+        self.objective: nn.Module = _Objective(raw, weighting)
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
             raw.parameters(),
@@ -143,86 +202,139 @@ class _Run:
             weight_decay=optim.weight_decay,
             fused=True,
         )
-        self.averages = Averages(raw, config.ema.decay, config.ema.further_decays, config.ema.widths)
-        self.averaged = self.averages.models["model"]
+        self.autocast = _AUTOCAST[config.train.precision]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast is torch.float16)
+        self.step = 0
+        # This rank's, since the last line of metrics, which may be further back than the checkpoint taken up.
+        self.logged_step, self.unlogged_loss = 0, torch.zeros((), device=device)
+        self.checkpoints = None
         if self.workdir:
-            self._take_up()
-            drop_snapshots(self.workdir, self.step)
+            self._take_up(self.workdir)
+            options = config.train
+            self.checkpoints = Checkpoints(
+                self.workdir, ranks, options.keep_checkpoints, options.keep_every, options.async_checkpoints
+            )
+        if ranks.size > 1 and not ranks.sharded:
+            self.objective = replicate(self.objective)
+            self._settle()
 
-    def finish(self, callbacks: Sequence[Callable[[TrainResult], None]]) -> TrainResult:
+    def finish(self, callbacks: Sequence[Callback]) -> TrainResult:
         """Take all the steps that remain."""
-        options = self.config.train
-        log = _Log(self.workdir, self.step)
-        result = TrainResult(self.averaged, self.raw, self.step, self.workdir, log.last)
-        timed_from, started = self.step, time.perf_counter()
-        self.raw.train()
-        is_drawn = options.sample_every and has_picture(self.dataset.data_shape)
-        bar = tqdm(total=options.steps, initial=self.step, desc="train", unit="step", disable=None)
-        with log, bar, Signals(are_noted=self.workdir is not None) as signals:
-            for values, label in self._batches():
-                loss, grad_norm = self._take_step(values, label)
-                self.unlogged_loss += loss
-                bar.update()
-                is_last, interruption = self.step == options.steps, signals.received
-                if self.step % options.log_every == 0 or is_last:
-                    elapsed = time.perf_counter() - started
-                    result.step = self.step
-                    result.metrics = {
-                        "step": self.step,
-                        "loss": self._finite("loss", self.unlogged_loss) / (self.step - self.logged_step),
-                        "grad_norm": self._finite("grad_norm", grad_norm),
-                        "lr": self._learning_rate(self.step - 1),
-                        "images_per_second": (self.step - timed_from) * options.batch_size / elapsed,
-                    }
-                    log.write(result.metrics)
-                    bar.set_postfix_str("loss {loss:.4f}, {images_per_second:.0f} images/s".format(**result.metrics))
-                    self.logged_step, self.unlogged_loss = self.step, torch.zeros_like(self.unlogged_loss)
-                    timed_from, started = self.step, time.perf_counter()
-                # Before the checkpoint: a run that is taken up there does not come by here again.
-                if self.workdir and is_drawn and self.step % options.sample_every == 0:
-                    self._draw_samples(self.workdir / "samples" / f"{self.step:08d}.png")
-                every = self.config.ema.snapshot_every
-                if self.workdir and self.averages.widths and (self.step % every == 0 or is_last):
-                    self._finite("loss", loss)
-                    self._finite("grad_norm", grad_norm)
-                    self.averages.save_snapshots(self.workdir, self.step, self.description)
-                if self.workdir and (self.step % options.checkpoint_every == 0 or is_last or interruption):
-                    # A finite loss can have a gradient that is not, and one step with it spoils the weights.
-                    self._finite("loss", loss)
-                    self._finite("grad_norm", grad_norm)
-                    log.sync()
-                    self._save()
-                    timed_from, started = self.step, time.perf_counter()
-                if result.step == self.step:
-                    for callback in callbacks:
-                        callback(result)
-                if self.workdir and interruption:
-                    raise Interrupted(interruption, self.step, self.workdir)
+        where = self.workdir if self.ranks.is_first else None
+        ranks, error = self.ranks, None
+        result = TrainResult(self.averaged, self.raw, self.step, self.workdir, rank=ranks.rank, ranks=ranks.size)
+        try:
+            evaluated = where if self.evaluation else None
+            with Log(where, "metrics", self.step) as log, Log(evaluated, "evaluations", self.step) as evaluations:
+                result.metrics, result.evaluation = log.last, evaluations.last
+                self._tell(callbacks, "begin", result)
+                if not self._has_converged(evaluations):
+                    self._go(log, evaluations, result, callbacks)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            if self.checkpoints:
+                self.checkpoints.close()
+            self._tell(callbacks, "end", result, error)
         self.raw.eval()
+        if self.gathered:
+            result.model, result.raw_model = self.gathered.of(self.averaged), self.gathered.of(self.raw)
         return result
 
-    def _take_step(self, values: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
-        config = self.config
-        streams, x0, u, noise = self._draw(values.to(self.device, non_blocking=True))
-        t, time_weight = self.times.draw(SPREADS[config.loss.spread](u))
-        cond = {} if label is None else {"label": self._hide(label.to(self.device, non_blocking=True), streams)}
-        # Dropout reads torch's global generator: seeded here, it too depends on the seed and the step alone.
-        torch.manual_seed(int(np.random.SeedSequence((config.seed, self.step)).generate_state(1)[0]))
-        is_half = config.train.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16) if is_half else nullcontext():
-            losses = denoising_loss(self.raw, x0, t, noise, self.weighting, **cond)
-        self.times.update(t, losses.detach())
-        loss = (time_weight * losses).mean()
+    def _go(self, log: Log, evaluations: Log, result: TrainResult, callbacks: Sequence[Callback]) -> None:
+        """Take steps, and after each do what is due."""
+        options, ranks = self.config.train, self.ranks
+        has_label = bool(getattr(self.raw.network, "classes", 0))
+        self.raw.train()
+        watch = Stopwatch(self.device)
+        is_hidden = None if ranks.is_first else True
+        bar = tqdm(total=options.steps, initial=self.step, desc="train", unit="step", disable=is_hidden)
+        with bar, Signals(are_noted=self.workdir is not None) as signals:
+            for values, label in batches(self.dataset, self.config, self.step, ranks, self.device, has_label):
+                with _advice_on_memory(self.config):
+                    loss, grad_norm = self._take_step(values, label, watch)
+                self.unlogged_loss += loss
+                result.step, is_last, news = self.step, self.step == options.steps, []
+                bar.update()
+                if self.step % options.log_every == 0 or is_last:
+                    result.metrics = self._measure(grad_norm, watch)
+                    log.write(result.metrics)
+                    bar.set_postfix_str("loss {loss:.4f}, {images_per_second:.0f} images/s".format(**result.metrics))
+                    news.append("metrics")
+                self._keep_and_show(is_last, loss, grad_norm)
+                watch.lap("logging")
+                if self.evaluation and (self.step % self.config.evaluation.every == 0 or is_last):
+                    result.evaluation = {"step": self.step, **self.evaluation.run(self._whole(self.averaged))}
+                    evaluations.write(result.evaluation)
+                    result.stop |= self._has_converged(evaluations)
+                    news.append("evaluation")
+                    watch.lap("evaluation")
+                request = ranks.largest(int(signals.received or 0))
+                is_saved = self.step % options.checkpoint_every == 0 or is_last or request > 0
+                if self.workdir and is_saved:
+                    self._save([log, evaluations], result, callbacks, loss, grad_norm)
+                for event in news:
+                    self._tell(callbacks, event, result)
+                # Nothing else asks for an end; ranks need not agree on it after every step.
+                is_ended = bool(news) and bool(ranks.largest(int(result.stop)))
+                if self.workdir and is_ended and not is_saved:
+                    self._save([log, evaluations], result, callbacks, loss, grad_norm)
+                watch.lap("logging")
+                if self.workdir and request:
+                    self._complete(result, callbacks)
+                    raise Interrupted(signal.Signals(request), self.step, self.workdir)
+                if is_ended:
+                    break
+        self._complete(result, callbacks)
+
+    def _has_converged(self, evaluations: Log) -> bool:
+        """Whether the held-out loss has not become smaller for long enough; the first rank knows all evaluations."""
+        evaluation = self.evaluation
+        return evaluation is not None and bool(self.ranks.first(lambda: int(evaluation.stops(evaluations.lines))))
+
+    def _take_step(self, values: Tensor, label: Tensor | None, watch: Stopwatch) -> tuple[Tensor, Tensor]:
+        """Take a step on this rank's share of a batch; its loss, and the norm of the gradient of the whole batch."""
+        streams, x0, u, noise = self._draw(values)
+        t, time_weight = self.times.draw(u)
+        cond = {} if label is None else {"label": self._hide(label, streams)}
+        watch.lap("data")
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        limit = config.optim.grad_clip or math.inf
-        grad_norm = nn.utils.clip_grad_norm_(self.raw.parameters(), limit)
+        losses = self._differentiate(x0, t, noise, time_weight, cond)
+        if self.times.state_dict():
+            total = self.config.train.batch_size
+            self.times.update(*(self.ranks.collect(each, self.share, total) for each in (t, losses)))
+        watch.lap("network")
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(self.raw.parameters(), self.config.optim.grad_clip or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(self.step)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.step += 1
+        watch.lap("optimizer")
         self.averages.update(self.raw, self.step)
-        return loss.detach(), grad_norm
+        watch.lap("average")
+        return (time_weight * losses).mean(), whole(grad_norm)
+
+    def _differentiate(
+        self, x0: Tensor, t: Tensor, noise: Tensor, time_weight: Tensor, cond: dict[str, Tensor]
+    ) -> Tensor:
+        """Add up the gradient of the mean loss, part by part, and exchange it with the last; losses (B,)."""
+        parts = self.config.train.accumulation
+        size = len(x0) // parts
+        losses = []
+        for part in range(parts):
+            rows = slice(part * size, (part + 1) * size)
+            # Dropout reads torch's global generator: seeded here, it too depends on the seed and the step alone.
+            words = (self.config.seed, self.step, self.ranks.rank, part)
+            torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1)[0]))
+            with exchanging(self.objective, self.raw.network, part == parts - 1):
+                with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                    of_part = {name: values[rows] for name, values in cond.items()}
+                    losses.append(self.objective(x0[rows], t[rows], noise[rows], of_part))
+                self.scaler.scale((time_weight[rows] * losses[-1]).mean() / parts).backward()
+        return torch.cat(losses).detach()
 
     def _hide(self, label: Tensor, streams: Streams) -> Tensor:
         """Replace some labels by the one past the last class, which stands for none."""
@@ -231,8 +343,8 @@ class _Run:
 
     def _draw(self, values: Tensor) -> tuple[Streams, Tensor, Tensor, Tensor]:
         """Dequantise and flip a batch, and draw its noise and what its times are made of: one stream an example."""
-        first = self.step * len(values)
-        streams = Streams(self.config.seed, range(first, first + len(values)), self.device)
+        first, total = self.step * self.config.train.batch_size, self.config.train.batch_size
+        streams = Streams(self.config.seed, range(first + self.share.start, first + self.share.stop), self.device)
         shape = values.shape[1:]
         uniform = streams.uniform((2 + (shape.numel() if self.dataset.data.bits else 0),))
         x0 = values.float()
@@ -240,72 +352,150 @@ class _Run:
             x0 = self.dataset.data.dequantize(values, uniform[:, 2:].reshape(values.shape))
         if self.config.flip:
             x0 = torch.where((uniform[:, 1] < 0.5).reshape(-1, *[1] * len(shape)), x0.flip(-1), x0)
-        return streams, x0, uniform[:, 0], streams.normal(shape)
+        u, spread = uniform[:, 0], SPREADS[self.config.loss.spread]
+        if spread is not independent:
+            u = spread(self.ranks.collect(u, self.share, total))[self.share.start : self.share.stop]
+        return streams, x0, u, streams.normal(shape)
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The batches of the remaining steps, (values, labels or None)."""
-        options = self.config.train
-        order = _Order(len(self.dataset), self.config.seed, self.step, options.steps, options.batch_size)
-        has_label = bool(getattr(self.raw.network, "classes", 0))
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=order,
-            num_workers=options.workers,
-            pin_memory=self.device.type != "cpu",
-            collate_fn=_collate,
-            worker_init_fn=outlast_a_signal,
+    def _settle(self) -> None:
+        """Go through the network and back once, after which the order in which ranks add gradients stays.
+
+        DistributedDataParallel changes it after the first backward pass, and the order of a sum is in its last bits: a
+        run that is taken up would differ from one that was not interrupted.
+        """
+        model = self.raw
+        x0 = torch.zeros(1, *model.data_shape, device=self.device)
+        cond = (
+            {"label": torch.zeros(1, dtype=torch.int64, device=self.device)}
+            if getattr(model.network, "classes", 0)
+            else {}
         )
-        for values, label in loader:
-            if values.is_floating_point() and not bool(torch.isfinite(values).all()):
-                raise ValueError(f"dataset: a value in the batch of step {self.step} is NaN or infinite")
-            if has_label and label is None:
-                raise ConfigError("network.classes is set, but the data set has no labels")
-            yield values, label if has_label else None
+        self.raw.train()
+        self.objective(x0, x0.new_full((1,), model.sde.t_max), x0, cond).sum().backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _learning_rate(self, step: int) -> float:
         optim = self.config.optim
-        rate = optim.lr * min(1.0, (step + 1) / max(1, optim.warmup))
-        if optim.schedule == "cosine":
-            rate *= 0.5 * (1 + math.cos(math.pi * step / self.config.train.steps))
-        return rate
+        rise = min(1.0, (step + 1) / max(1, optim.warmup))
+        return optim.lr * rise * self.schedule(step, self.config.train.steps)
 
-    def _take_up(self) -> None:
-        assert self.workdir is not None
-        checkpoint = newest_whole(self.workdir)
-        if checkpoint is None:
-            write_manifest(self.workdir, self.description, self.dataset)
+    def _measure(self, grad_norm: Tensor, watch: Stopwatch) -> dict[str, float]:
+        """The next line of metrics, alike on all ranks but for their times."""
+        loss, steps = self._losses_of_ranks().mean(), self.step - self.logged_step
+        seconds, shares = watch.read()
+        line = {
+            "step": self.step,
+            "loss": self._finite("loss", loss) / steps,
+            "grad_norm": self._finite_gradient(grad_norm),
+            "lr": self._learning_rate(self.step - 1),
+            "images_per_second": steps * self.config.train.batch_size / seconds,
+            **{f"share_{part}": share for part, share in shares.items()},
+        }
+        if self.scaler.is_enabled():
+            line["loss_scale"] = self.scaler.get_scale()
+        self.logged_step, self.unlogged_loss = self.step, torch.zeros_like(self.unlogged_loss)
+        return line
+
+    def _losses_of_ranks(self) -> Tensor:
+        """(ranks,), since the last line of metrics."""
+        rank, ranks = self.ranks.rank, self.ranks.size
+        return self.ranks.collect(self.unlogged_loss.reshape(1), range(rank, rank + 1), ranks)
+
+    def _take_up(self, workdir: Path) -> None:
+        """Begin a run's directory, or go on from its newest whole checkpoint."""
+
+        def find() -> int:
+            checkpoint = newest_whole(workdir)
+            if checkpoint is None:
+                write_manifest(workdir, self.description, self.dataset)
+                drop_snapshots(workdir, 0)
+                return 0
+            check_version(workdir)
+            stored = _completed(read_json(workdir / "config.json"))
+            _check_same(flatten(stored), flatten(self.description), workdir)
+            return int(checkpoint.name)
+
+        def clear() -> int:
+            check_data(workdir, self.dataset)
+            set_aside_after(workdir, self.step)
+            drop_snapshots(workdir, self.step)
+            return 0
+
+        self.step = self.ranks.first(find)
+        if self.step == 0:
             return
-        check_version(self.workdir)
-        stored = _completed(read_json(self.workdir / "config.json"))
-        _check_same(flatten(stored), flatten(self.description), self.workdir)
-        state = load_checkpoint(checkpoint, self.raw, self.averages.models, self.optimizer, self.times)
-        check_data(self.workdir, self.dataset)
-        self.step = state["step"]
-        # A checkpoint of before they were stored began a new mean.
+        path = workdir / "checkpoints" / f"{self.step:08d}"
+        state = load_checkpoint(path, self.raw, self.averages.models, self.optimizer, self.times)
+        self.ranks.first(clear)
+        # A checkpoint of before they were stored began a new mean; one of a single rank had a number.
         self.logged_step = state.get("logged_step", self.step)
-        self.unlogged_loss.fill_(state.get("unlogged_loss", 0.0))
-        set_aside_after(self.workdir, self.step)
+        losses = np.atleast_1d(state.get("unlogged_loss", 0.0))
+        is_own = len(losses) == self.ranks.size
+        self.unlogged_loss.fill_(float(losses[self.ranks.rank] if is_own else losses.mean()))
+        if "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])
 
-    def _save(self) -> None:
-        assert self.workdir is not None
-        state = {"step": self.step, "logged_step": self.logged_step, "unlogged_loss": float(self.unlogged_loss)}
-        save_checkpoint(
-            self.workdir,
-            state,
-            self.description,
-            self.raw,
-            self.averages.models,
-            self.optimizer,
-            self.times,
-            self.config.train.keep_checkpoints,
-            self.config.train.keep_every,
-        )
+    def _save(
+        self, logs: Sequence[Log], result: TrainResult, callbacks: Sequence[Callback], loss: Tensor, grad_norm: Tensor
+    ) -> None:
+        """Begin to write a checkpoint; the one before it is then whole."""
+        assert self.checkpoints is not None
+        # A finite loss can have a gradient that is not, and one step with it spoils the weights.
+        self._finite("loss", loss)
+        self._finite_gradient(grad_norm)
+        for log in logs:
+            log.sync()
+        self._complete(result, callbacks)
+        losses = self._losses_of_ranks().tolist()
+        state: dict[str, Any] = {"step": self.step, "logged_step": self.logged_step, "unlogged_loss": losses}
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler.state_dict()
+        contents = contents_of(self.description, self.raw, self.averages.models, self.optimizer, self.times)
+        self.checkpoints.write(state, contents)
+        if not self.config.train.async_checkpoints:
+            self._complete(result, callbacks)
+
+    def _complete(self, result: TrainResult, callbacks: Sequence[Callback]) -> None:
+        """Wait for the checkpoint that is being written, and tell of it."""
+        if self.checkpoints and (path := self.checkpoints.finish()):
+            self._tell(callbacks, "checkpoint", result, path)
+
+    def _keep_and_show(self, is_last: bool, loss: Tensor, grad_norm: Tensor) -> None:
+        """Draw samples and keep averages where that is due.
+
+        Before the checkpoint: a run that is taken up there does not come by here again.
+        """
+        options = self.config.train
+        if self.workdir is None:
+            return
+        if options.sample_every and self.step % options.sample_every == 0 and has_picture(self.dataset.data_shape):
+            self._draw_samples(self.workdir / "samples" / f"{self.step:08d}.png")
+        if self.averages.widths and (self.step % self.config.ema.snapshot_every == 0 or is_last):
+            self._finite("loss", loss)
+            self._finite_gradient(grad_norm)
+            self.averages.save_snapshots(self.workdir, self.step, self.description, self._whole, self.ranks)
+
+    def _whole(self, model: DiffusionModel) -> DiffusionModel:
+        """A model to be called on this rank alone; all ranks must ask for it."""
+        return self.gathered.of(model) if self.gathered else model
 
     def _draw_samples(self, path: Path) -> None:
+        """Each rank draws its share, and the first makes a picture of them."""
         count, classes = self.config.train.sample_count, getattr(self.raw.network, "classes", 0)
         cond = {"label": torch.arange(count, device=self.device) % classes} if classes else None
-        drawn = sample(self.averaged, count, solver="heun", steps=20, cond=cond, seed=self.config.seed)
-        save_picture(drawn.samples, self.dataset.data, path)
+        model, shard = self._whole(self.averaged), (self.ranks.rank, self.ranks.size)
+        drawn = sample(model, count, solver="heun", steps=20, cond=cond, seed=self.config.seed, shard=shard)
+        samples = self.ranks.collect(drawn.samples, self.ranks.share(count), count)
+        if self.ranks.is_first:
+            save_picture(samples, self.dataset.data, path)
+
+    def _tell(self, callbacks: Sequence[Callback], event: str, result: TrainResult, *more: Any) -> None:
+        for callback in callbacks:
+            getattr(callback, event)(result, *more)
+
+    def _finite_gradient(self, norm: Tensor) -> float:
+        """The norm; with a scaled loss it may overflow, and the step is then not taken."""
+        return float(norm) if self.scaler.is_enabled() else self._finite("grad_norm", norm)
 
     def _finite(self, name: str, value: Tensor) -> float:
         number = float(value)
@@ -316,67 +506,32 @@ class _Run:
         return number
 
 
-class _Order(Sampler[list[int]]):
-    """Indices of each batch: one permutation an epoch, of (seed, epoch) alone; batches run across epochs."""
-
-    def __init__(self, size: int, seed: int, first_step: int, steps: int, batch_size: int):
-        self.size, self.seed, self.steps, self.batch_size = size, seed, range(first_step, steps), batch_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, permutation = -1, np.empty(0, dtype=np.int64)
-        for step in self.steps:
-            batch = []
-            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-                if position // self.size != epoch:
-                    epoch = position // self.size
-                    permutation = np.random.default_rng((self.seed, epoch)).permutation(self.size)
-                batch.append(int(permutation[position % self.size]))
-            yield batch
-
-    def __len__(self) -> int:
-        return len(self.steps)
+@contextmanager
+def _advice_on_memory(config: ConfigDict) -> Iterator[None]:
+    """Say what to lower where memory does not suffice for a step."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        if not is_memory:
+            raise
+        options = config.train
+        raise TrainingError(
+            f"out of memory in a step: raise train.accumulation = {options.accumulation}, which divides the batch of "
+            f"{options.batch_size} into parts, set network.checkpointing or train.precision = 'bfloat16', lower "
+            f"train.batch_size, or on several devices set train.parallel = 'fsdp' ({error})"
+        ) from error
 
 
-class _Log:
-    """metrics.jsonl and TensorBoard, each without the lines that a resumed run will write again."""
-
-    def __init__(self, workdir: Path | None, step: int):
-        self._file = self._board = None
-        self.last: dict[str, float] = {}
-        if workdir is None:
-            return
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-        path = workdir / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        # A run that was killed may have left half a line, which has no end.
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_text(path, "".join(kept))
-        self.last = json.loads(kept[-1]) if kept else {}
-        self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
-
-    def write(self, metrics: Mapping[str, float]) -> None:
-        if self._file is None or self._board is None:
-            return
-        self._file.write(json.dumps(metrics) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            if name != "step":
-                self._board.add_scalar(name, value, int(metrics["step"]))
-
-    def sync(self) -> None:
-        """Have the lines written to the disk now: no checkpoint is to outlive the lines before it."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._file is not None and self._board is not None:
-            self._file.close()
-            self._board.close()
+def _data(config: ConfigDict, dataset: Any, held_out: Any) -> tuple[DataSource, DataSource | None]:
+    """What to train on and, if the run is to be evaluated, what to evaluate on."""
+    if dataset is not None:
+        return as_dataset(dataset), None if held_out is None else as_dataset(held_out)
+    if held_out is not None:
+        raise ConfigError("held_out: is for a data set of one's own; of the config's data it is the test split")
+    needs_held_out = config.evaluation.every and (config.evaluation.loss_count or config.evaluation.likelihood_count)
+    test = load_dataset(split="test", **config.data) if needs_held_out else None
+    return load_dataset(split="train", **config.data), test
 
 
 def _description(config: ConfigDict, has_network: bool, has_dataset: bool) -> dict[str, Any]:
@@ -397,15 +552,24 @@ def _completed(stored: Mapping[str, Any]) -> dict[str, Any]:
     return _description(known, "network" in custom, "data" in custom)
 
 
-def _collate(items: list[Any]) -> tuple[Tensor, Tensor | None]:
-    batch = default_collate(items)
-    return (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
-
-
 def _build(registry: Mapping[str, Callable[..., Any]], section: ConfigDict, *arguments: Any) -> Any:
     """What a named section describes."""
     options = dict(section)
     return registry[options.pop("name")](*arguments, **options)
+
+
+def _check_ranks(config: ConfigDict, ranks: Ranks) -> None:
+    """Refuse a batch that is not divided by ranks and parts, and to shard among one."""
+    options = config.train
+    if ranks.sharded and ranks.size == 1:
+        raise ConfigError("train.parallel = 'fsdp': there is one rank, and nothing to shard: start several by torchrun")
+    if options.batch_size % (ranks.size * options.accumulation):
+        raise ConfigError(
+            f"train.batch_size = {options.batch_size}: must be a multiple of the {ranks.size} ranks x "
+            f"train.accumulation = {options.accumulation}"
+        )
+    if options.sample_every and options.sample_count < ranks.size:
+        raise ConfigError(f"train.sample_count = {options.sample_count}: must be at least the {ranks.size} ranks")
 
 
 def _check_fit(config: ConfigDict, model: DiffusionModel, weighting: Weighting, dataset: Any) -> None:

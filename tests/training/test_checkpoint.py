@@ -1,4 +1,5 @@
 import errno
+import importlib
 import itertools
 import json
 import resource
@@ -14,7 +15,8 @@ from torch import nn
 
 from sde_diffusion import DataInfo, train
 from sde_diffusion.training import CheckpointError, ConfigError, load, pretrained, resolve_config
-from sde_diffusion.training.checkpoint import checksum, newest_checkpoint, read_description
+from sde_diffusion.training.checkpoint import Checkpoints, newest_checkpoint, read_description
+from sde_diffusion.training.storage import checksum
 
 FILES = ("raw.safetensors", "model.safetensors", "optimizer.safetensors", "state.json")
 
@@ -405,8 +407,9 @@ class Crash(BaseException):
 
 # Whatever touches the disk while a checkpoint is written.
 OPERATIONS = [
-    "sde_diffusion.training.checkpoint.save_file",
-    "sde_diffusion.training.checkpoint._sync",
+    "sde_diffusion.training.storage.save_file",
+    "sde_diffusion.training.storage.sync",
+    "sde_diffusion.training.checkpoint.sync",
     "pathlib.Path.mkdir",
     "pathlib.Path.write_text",
     "pathlib.Path.rename",
@@ -417,9 +420,7 @@ OPERATIONS = [
 
 def failing(monkeypatch, step, count, error):
     """Have the operation of this number fail while the checkpoint of a step is written."""
-    from sde_diffusion.training import checkpoint, loop
-
-    left, remove = itertools.count(count, -1), shutil.rmtree
+    left, remove, write = itertools.count(count, -1), shutil.rmtree, Checkpoints._write
 
     def wrap(operation):
         def wrapped(*arguments, **options):
@@ -431,16 +432,16 @@ def failing(monkeypatch, step, count, error):
 
         return wrapped
 
-    def save(workdir, state, *arguments):
+    def wrapped_write(checkpoints, state, contents):
         with monkeypatch.context() as patches:
             if state["step"] == step:
                 for name in OPERATIONS:
                     owner, _, attribute = name.rpartition(".")
-                    owner = {"pathlib.Path": Path, "shutil": shutil}.get(owner, checkpoint)
+                    owner = Path if owner == "pathlib.Path" else importlib.import_module(owner)
                     patches.setattr(owner, attribute, wrap(getattr(owner, attribute)))
-            return checkpoint.save_checkpoint(workdir, state, *arguments)
+            return write(checkpoints, state, contents)
 
-    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(Checkpoints, "_write", wrapped_write)
 
 
 def test_a_process_that_ends_anywhere_in_a_checkpoint_loses_nothing(tiny, tmp_path, monkeypatch):
@@ -487,7 +488,7 @@ def test_a_process_that_ends_as_it_cuts_the_metrics_loses_no_line(tiny, tmp_path
     before = (tmp_path / "metrics.jsonl").read_bytes()
     assert before.count(b"\n") == 5
     with monkeypatch.context() as patches:
-        patches.setattr("sde_diffusion.training.checkpoint._sync", crash)
+        patches.setattr("sde_diffusion.training.storage.sync", crash)
         with pytest.raises(Crash):
             train(config)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
@@ -499,7 +500,7 @@ def test_a_process_that_ends_as_it_cuts_the_metrics_loses_no_line(tiny, tmp_path
     ("error", "count"),
     [
         *((OSError(errno.ENOSPC, "No space left on device"), count) for count in (0, 1, 5, 11)),
-        *((SafetensorError("I/O error: No space left on device (os error 28)"), count) for count in (1, 7)),
+        *((SafetensorError("I/O error: No space left on device (os error 28)"), count) for count in (4, 7)),
     ],
 )
 def test_a_full_disk_leaves_the_checkpoint_before(tiny, tmp_path, monkeypatch, finished, error, count):
@@ -515,7 +516,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tiny, tmp_path, monkeypatch, f
 
 
 def test_a_write_that_the_system_refuses_leaves_the_checkpoint_before(tiny, tmp_path, finished):
-    config = tiny(workdir=str(tmp_path), train={"log_every": 3})
+    config = tiny(workdir=str(tmp_path), train={"log_every": 3, "async_checkpoints": False})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def refuse(result):

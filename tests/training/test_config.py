@@ -169,10 +169,10 @@ def test_unknown_and_missing_fields_are_named(config, message):
         ({"loss": {"weighting": 5.0}}, r"loss\.weighting\.name = 5\.0: must be one of simple, x0, v"),
         ({"loss": {"spread": "even"}}, r"loss\.spread = 'even': must be one of independent, stratified"),
         ({"model": {"prediction": "noise"}}, r"model\.prediction = 'noise': must be one of eps, x0"),
-        ({"optim": {"schedule": "linear"}}, r"optim\.schedule = 'linear': must be one of cosine, constant"),
+        ({"optim": {"schedule": "steps"}}, r"optim\.schedule\.name = 'steps': must be one of constant, linear, cosine"),
         (
-            {"train": {"precision": "float16"}},
-            r"train\.precision = 'float16': must be one of float32, bfloat16",
+            {"train": {"precision": "float64"}},
+            r"train\.precision = 'float64': must be one of float32, bfloat16, float16",
         ),
     ],
 )

@@ -72,7 +72,8 @@ train(json.loads(sys.argv[1]))
 def lines(workdir):
     """Every line of metrics, without the time it took."""
     found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in found]
+    times = ("images_per_second", "share_")
+    return [{name: value for name, value in line.items() if not name.startswith(times)} for line in found]
 
 
 def assert_same_run(one, other):

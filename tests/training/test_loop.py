@@ -46,6 +46,9 @@ def metrics(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         assert line.pop("images_per_second") > 0
+        shares = [line.pop(name) for name in [*line] if name.startswith("share_")]
+        assert len(shares) >= 4
+        assert 0 < sum(shares) <= 1
     return lines
 
 
@@ -779,8 +782,9 @@ def test_tensorboard_has_each_value_once(tiny, tmp_path):
     config = tiny(workdir=str(tmp_path))
     interrupt(config, 5)
     train(config)
-    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert set(board.Tags()["scalars"]) == {"loss", "grad_norm", "lr", "images_per_second"}
+    board = EventAccumulator(str(tmp_path / "tensorboard/metrics")).Reload()
+    shares = {f"share_{part}" for part in ("data", "network", "optimizer", "average", "logging")}
+    assert set(board.Tags()["scalars"]) == {"loss", "grad_norm", "lr", "images_per_second", *shares}
     for name in ("loss", "grad_norm", "lr"):
         events = [(event.step, event.value) for event in board.Scalars(name)]
         expected = [(line["step"], line[name]) for line in metrics(tmp_path)]
@@ -822,8 +826,12 @@ def test_a_network_of_ones_own_is_trained_in_place_and_its_average_is_a_copy(tin
     [
         (torch.nn.Identity(), {}, "network has no parameters"),
         (None, {"flip": True}, r"flip = True: the data have shape \(2,\)"),
-        (None, {"network": {"name": "mlp", "width": "8"}}, "network, sde, model or loss: an option is of the wrong"),
-        (None, {"loss": {"weighting": {"name": "min_snr", "gamma": "5"}}}, "model or loss: an option is of the wrong"),
+        (None, {"network": {"name": "mlp", "width": "8"}}, "network, sde, model, loss or optim: an option is of"),
+        (
+            None,
+            {"loss": {"weighting": {"name": "min_snr", "gamma": "5"}}},
+            "model, loss or optim: an option is of the wrong",
+        ),
         (None, {"loss": {"weighting": {"name": "min_snr", "gamma": -1}}}, "gamma = -1: must be positive"),
         (None, {"loss": {"time": {"name": "log_normal", "std": 0.0}}}, r"std = 0\.0: must be positive"),
         (None, {"loss": {"weighting": "hybrid"}}, r"'hybrid', model\.learned_variance = False"),
