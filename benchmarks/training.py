@@ -27,7 +27,8 @@ two; no images are mirrored, as those that it is measured by are not; it stops f
 processes that read its images is not counted. The width of its U-Net is that of the nearest number of parameters,
 1.76 M where ours has 1.69 M. --rates are its learning rates, each a run of its own; 8e-5 is the README's. Ours has the
 config's settings but the number of steps, which a short measurement sets, within the time, so that the learning rate
-reaches 0 near its end.
+reaches 0 near its end. With --together=2 ours and the first of the peer's train side by side, each on a core of its
+own: what they take from one another's caches and memory they take alike.
 
 Both models are sampled by the same solver from the same starts down to their least noise, and end with x̂₀: the peer's
 is a DiffusionModel of its discrete chain, state i of T at t = i/T, down to state 1, as it has seen no less noise.
@@ -495,19 +496,24 @@ def _on_one_thread(function: Callable[..., None], *arguments: Any) -> None:
     function(*arguments)
 
 
-def compare(asked: Comparison, stage: str) -> None:
-    """Train each in a process of its own, one after another, and evaluate."""
+def compare(asked: Comparison, stage: str, together: int) -> None:
+    """Train each in a process of its own, so many at a time, and evaluate."""
     asked.output.mkdir(parents=True, exist_ok=True)
     if "train" in stage:
         _image_folder(asked)
         print(f"{asked.minutes:g} minutes of CPU time each, seed {asked.seed}", flush=True)
         jobs: list[tuple[Any, ...]] = [(train_ours, asked), *((train_peer, asked, rate) for rate in asked.rates)]
-        for job in jobs:
-            process = multiprocessing.get_context("spawn").Process(target=_on_one_thread, args=job)
-            process.start()
-            process.join()
-            if process.exitcode:
-                raise RuntimeError(f"{job[0].__name__} failed with exit code {process.exitcode}")
+        for first in range(0, len(jobs), together):
+            started = [
+                multiprocessing.get_context("spawn").Process(target=_on_one_thread, args=job)
+                for job in jobs[first : first + together]
+            ]
+            for process in started:
+                process.start()
+            for process in started:
+                process.join()
+            if any(process.exitcode for process in started):
+                raise RuntimeError(f"exit codes {[process.exitcode for process in started]}: a training has failed")
     if "evaluate" in stage:
         evaluate(asked)
 
@@ -523,6 +529,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the whole data set")
     parser.add_argument("--output", type=Path, default=Path("outputs/training"), help="for the models of peer")
     parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--together", type=int, default=1, help="trainings of peer at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rates", type=float, nargs="+", default=[8e-5, 1e-3])
     parser.add_argument("--samples", type=int, default=5000)
@@ -540,7 +547,7 @@ def main() -> None:
         rate(arguments.steps, CLOCKS[arguments.clock])
     else:
         of_comparison = {name: getattr(arguments, name) for name in Comparison.__dataclass_fields__}
-        compare(Comparison(**of_comparison), arguments.stage)
+        compare(Comparison(**of_comparison), arguments.stage, arguments.together)
 
 
 if __name__ == "__main__":

@@ -30,5 +30,6 @@ def get_config() -> ConfigDict:
     config.ema.decay = 0.999
     config.train.steps = 2_400_000
     config.train.batch_size = 64
+    config.train.parallel = "fsdp"  # for several ranks; on one device, --config.train.parallel=auto
     config.train.sample_count = 16
     return config

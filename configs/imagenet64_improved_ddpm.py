@@ -33,4 +33,5 @@ def get_config() -> ConfigDict:
     config.ema.decay = 0.9999
     config.train.steps = 1_500_000
     config.train.batch_size = 128
+    config.train.parallel = "fsdp"  # for several ranks; on one device, --config.train.parallel=auto
     return config

@@ -14,6 +14,7 @@ from sde_diffusion.ode import SolverError
 from sde_diffusion.samplers import Calibrated, Samples, SolverInfo, calibrate, sample, solvers
 from sde_diffusion.sde import EDMSDE, SDE, VESDE, VPSDE, ConstantVESDE, CosineVPSDE, FlowSDE, SubVPSDE
 from sde_diffusion.training import (
+    Callback,
     CheckpointError,
     ConfigError,
     Interrupted,
@@ -39,6 +40,7 @@ __all__ = [
     "BitsPerDim",
     "Bound",
     "Calibrated",
+    "Callback",
     "ChainSDE",
     "CheckpointError",
     "ConfigError",

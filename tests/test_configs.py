@@ -85,7 +85,7 @@ def test_published_figures_are_those_of_the_table(name):
 def test_two_steps_at_reduced_width(name):
     config = resolve_config(CONFIGS[name])
     config.network.update(REDUCED[config.network.name])
-    config.train.batch_size = 2
+    config.train.update(batch_size=2, parallel="auto")
     dataset = random_images(config) if len(data_shape(config)) == 3 else None
     config.train.steps = 0
     start = train(config, dataset=dataset).raw_model.state_dict()

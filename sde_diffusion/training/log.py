@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,9 @@ class Log:
 class Stopwatch:
     """How long each part of the work takes, on the device that does it, without waiting for it but when it is read."""
 
-    def __init__(self, device: torch.device):
-        """Start."""
-        self._device = None if device.type == "cpu" else device
+    def __init__(self, device: torch.device, parts: Sequence[str] = ()):
+        """Start; ``parts`` are told of in every reading, others where there was something of them."""
+        self._parts, self._device = parts, None if device.type == "cpu" else device
         self._started, self._marks = time.perf_counter(), [("", self._now())]
 
     def lap(self, part: str) -> None:
@@ -83,11 +83,11 @@ class Stopwatch:
         self._marks.append((part, self._now()))
 
     def read(self) -> tuple[float, dict[str, float]]:
-        """Seconds since the last reading, and the share of each part, in the order of their first laps."""
-        elapsed = time.perf_counter() - self._started
-        seconds = dict.fromkeys([part for part, _ in self._marks[1:]], 0.0)
-        if self._device and self._marks:
+        """Seconds since the last reading, and the share of each part."""
+        if self._device:
             torch.accelerator.synchronize(self._device)
+        elapsed = time.perf_counter() - self._started
+        seconds = dict.fromkeys([*self._parts, *(part for part, _ in self._marks[1:])], 0.0)
         for (_, begin), (part, end) in zip(self._marks, self._marks[1:], strict=False):
             seconds[part] += begin.elapsed_time(end) / 1000 if self._device else end - begin
         self._started, self._marks = time.perf_counter(), [("", self._now())]

@@ -68,6 +68,8 @@ from sde_diffusion.training.run_directory import (
 from sde_diffusion.training.schedules import SCHEDULES, Schedule
 from sde_diffusion.training.storage import read_json
 
+# Of a step, whose shares of the time each line of metrics tells.
+_PARTS = ("data", "network", "optimizer", "average", "logging")
 _AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -247,7 +249,7 @@ class _Run:
         options, ranks = self.config.train, self.ranks
         has_label = bool(getattr(self.raw.network, "classes", 0))
         self.raw.train()
-        watch = Stopwatch(self.device)
+        watch = Stopwatch(self.device, _PARTS)
         is_hidden = None if ranks.is_first else True
         bar = tqdm(total=options.steps, initial=self.step, desc="train", unit="step", disable=is_hidden)
         with bar, Signals(are_noted=self.workdir is not None) as signals:
@@ -562,7 +564,9 @@ def _check_ranks(config: ConfigDict, ranks: Ranks) -> None:
     """Refuse a batch that is not divided by ranks and parts, and to shard among one."""
     options = config.train
     if ranks.sharded and ranks.size == 1:
-        raise ConfigError("train.parallel = 'fsdp': there is one rank, and nothing to shard: start several by torchrun")
+        raise ConfigError(
+            "train.parallel = 'fsdp': there is one rank, and nothing to shard: start several by torchrun, or set 'auto'"
+        )
     if options.batch_size % (ranks.size * options.accumulation):
         raise ConfigError(
             f"train.batch_size = {options.batch_size}: must be a multiple of the {ranks.size} ranks x "

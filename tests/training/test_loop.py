@@ -47,7 +47,7 @@ def metrics(workdir):
     for line in lines:
         assert line.pop("images_per_second") > 0
         shares = [line.pop(name) for name in [*line] if name.startswith("share_")]
-        assert len(shares) >= 4
+        assert len(shares) == 5
         assert 0 < sum(shares) <= 1
     return lines
 
