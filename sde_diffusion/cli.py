@@ -45,10 +45,18 @@ from sde_diffusion.samplers import sample, solvers
 from sde_diffusion.samplers.grids import GRIDS
 from sde_diffusion.training import ConfigError, Interrupted, TrainingError, load, train
 from sde_diffusion.training.checkpoint import model_file, pretrained, read_description
-from sde_diffusion.training.config import NAMED, choose, choose_device, flatten, load_config_file, resolve_config
+from sde_diffusion.training.config import (
+    NAMED,
+    autocast_dtype,
+    choose,
+    choose_device,
+    flatten,
+    load_config_file,
+    resolve_config,
+)
 from sde_diffusion.training.devices import DEVICES, choose_device_type
 from sde_diffusion.training.distributed import Ranks, launched, use_own_device
-from sde_diffusion.training.plan import Plan, autocast_dtype, check_devices, empty_network
+from sde_diffusion.training.plan import Plan, check_devices, empty_network
 from sde_diffusion.training.storage import checksum, files_of
 
 Define = Callable[[flags.FlagValues], None]
@@ -447,7 +455,7 @@ def _plan(values: flags.FlagValues, config: ConfigDict | None) -> None:
     # Older runs lack fields, and a data set of the user's own is no section of a config.
     settings = resolve_config({name: section for name, section in settings.items() if name != "data"}).to_dict()
     check_devices(settings, values.devices)
-    device = choose_device_type(values["device-type"].value, settings["train"]["precision"])
+    device = choose_device_type(str(values["device-type"].value), settings["train"]["precision"])
     if values.price is not None:
         if not 0 <= values.price < math.inf:
             raise ConfigError(f"--price={values.price}: must be at least 0")

@@ -255,15 +255,15 @@ class Checkpoints:
             error = failure
         if self._all_well(error is None):
             error = self._write_own(partial, contents)
-        if not self._all_well(error is None):
-            shutil.rmtree(partial, ignore_errors=True)
-            raise self._explained(final, error, sum(content.nbytes for content in contents.values())) from error
-        if self._ranks.is_first:
+        if self._all_well(error is None) and self._ranks.is_first:
             try:
                 self._complete(partial, final)
             except OSError as failure:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise self._explained(final, failure, sum(each.nbytes for each in contents.values())) from failure
+                error = failure
+        # No rank takes it for whole before the first has given it its name.
+        if not self._all_well(error is None):
+            shutil.rmtree(partial, ignore_errors=True)
+            raise self._explained(final, error, sum(content.nbytes for content in contents.values())) from error
         return final
 
     def _write_own(self, partial: Path, contents: Mapping[str, Contents]) -> OSError | None:

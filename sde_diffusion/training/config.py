@@ -290,6 +290,11 @@ def choose_device(name: str, argument: str = "device") -> torch.device:
         raise ConfigError(f"{argument} = {name!r}: must be 'auto' or a device that torch has here") from error
 
 
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """That of a config's ``train.precision``; None for float32, which is no autocast."""
+    return None if precision == "float32" else getattr(torch, precision)
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested fields by their dotted names."""
     flat: dict[str, Any] = {}

@@ -52,7 +52,14 @@ from sde_diffusion.training.checkpoint import (
     newest_whole,
     set_aside_after,
 )
-from sde_diffusion.training.config import RESUMABLE, ConfigError, choose_device, flatten, resolve_config
+from sde_diffusion.training.config import (
+    RESUMABLE,
+    ConfigError,
+    autocast_dtype,
+    choose_device,
+    flatten,
+    resolve_config,
+)
 from sde_diffusion.training.distributed import Gathered, Ranks, exchanging, launched, replicate, shard, whole
 from sde_diffusion.training.ema import Averages, drop_snapshots
 from sde_diffusion.training.held_out import Evaluation
@@ -70,7 +77,6 @@ from sde_diffusion.training.storage import read_json
 
 # Of a step, whose shares of the time each line of metrics tells.
 _PARTS = ("data", "network", "optimizer", "average", "logging")
-_AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class TrainingError(RuntimeError):
@@ -204,7 +210,7 @@ class _Run:
             weight_decay=optim.weight_decay,
             fused=True,
         )
-        self.autocast = _AUTOCAST[config.train.precision]
+        self.autocast = autocast_dtype(config.train.precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.autocast is torch.float16)
         self.step = 0
         # This rank's, since the last line of metrics, which may be further back than the checkpoint taken up.
@@ -238,6 +244,8 @@ class _Run:
         finally:
             if self.checkpoints:
                 self.checkpoints.close()
+            # DistributedDataParallel keeps the group of ranks, whose end, if it comes with that, may wait for ever.
+            del self.objective
             self._tell(callbacks, "end", result, error)
         self.raw.eval()
         if self.gathered:

@@ -93,7 +93,7 @@ class StoredTensors:
     def read(self, name: str, rows: Rows | None = None) -> Tensor:
         """A tensor, or some rows of it; CheckpointError if a part of it is missing or damaged."""
         parts = self._parts[name]
-        if not self.shapes[name] or (rows is None and len(parts) == 1):
+        if not self.shapes[name] or (rows is None and parts[0][1].size == self.shapes[name][0]):
             with _opened(parts[0][0]) as stored:
                 return stored.get_tensor(name)
         first, size, shape = rows or Rows(0, self.shapes[name][0], self.shapes[name])

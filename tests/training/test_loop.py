@@ -2,6 +2,7 @@ import copy
 import itertools
 import json
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from sde_diffusion.data import ArrayDataset, DataInfo, load_dataset
 from sde_diffusion.losses import SPREADS, TIMES, WEIGHTINGS, denoising_loss
 from sde_diffusion.model import PREDICTIONS
 from sde_diffusion.sde import SDES
-from sde_diffusion.training import CheckpointError, ConfigError, TrainingError, load
+from sde_diffusion.training import Callback, CheckpointError, ConfigError, TrainingError, load
 from sde_diffusion.training.checkpoint import newest_checkpoint
+from sde_diffusion.training.storage import Contents
 
 # Times at which x is the datum within a thousandth or so.
 NEARLY_CLEAN = {"weighting": "simple", "time": {"name": "log_normal", "mean": -6.0, "std": 0.01}}
@@ -102,14 +104,42 @@ def test_metrics_are_the_same_where_lines_and_checkpoints_fall_apart(tiny, tmp_p
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_bfloat16_and_flip_resume_too(tiny, images, tmp_path):
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_and_flip_resume_too(tiny, images, tmp_path, precision):
     whole, parts = (
-        tiny(workdir=str(tmp_path / name), flip=True, train={"precision": "bfloat16"}) for name in ("whole", "parts")
+        tiny(workdir=str(tmp_path / name), flip=True, train={"precision": precision}) for name in ("whole", "parts")
     )
     train(whole, dataset=images)
     interrupt(parts, 4, images)
     train(parts, dataset=images)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_the_scale_of_a_float16_loss_resumes_too(tiny, tmp_path):
+    class Overflowing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.calls = nn.Parameter(torch.tensor(0.5)), 0
+
+        def forward(self, x, t):
+            self.calls += 1
+            if self.calls == 2:
+                self.scale.register_hook(lambda gradient: gradient * math.inf)
+            return self.scale * x
+
+    whole, parts = (tiny(workdir=str(tmp_path / name), train={"precision": "float16"}) for name in ("whole", "parts"))
+    network = Overflowing()
+    train(whole, network=network)
+    interrupt(parts, 4, network=Overflowing())
+    later = Overflowing()
+    later.calls = 3
+    # The hook that the second call leaves behind, from the fourth step on.
+    later.scale.register_hook(lambda gradient: gradient * math.inf)
+    train(parts, network=later)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    scales = [line["loss_scale"] for line in metrics(tmp_path / "whole")]
+    assert scales == [2.0 ** (16 - step) for step in range(8)]
+    assert json.loads((newest_checkpoint(tmp_path / "parts") / "state.json").read_text())["scaler"]["scale"] == 2.0**9
 
 
 @pytest.mark.parametrize(
@@ -241,6 +271,68 @@ def test_checkpoints_of_another_network_are_refused(tiny, recorder, tmp_path):
     other.more = nn.Parameter(torch.zeros(2))
     with pytest.raises(CheckpointError, match=r"raw\.safetensors: tensor network\.more: the file has nothing"):
         train(config, network=other)
+
+
+# Accumulation
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_the_parts_of_a_batch_make_the_same_steps(tiny, images, recorder, tmp_path, parts):
+    loss = {"spread": "stratified", "time": {"name": "loss_second_moment", "bins": 3, "history": 2}}
+    networks = {1: recorder(classes=3), parts: recorder(classes=3)}
+    for count, network in networks.items():
+        workdir = str(tmp_path / str(count))
+        options = {"label_dropout": 0.5, "accumulation": count}
+        train(tiny(workdir=workdir, loss=loss, train=options), network=network, dataset=images)
+    one, other = networks.values()
+    assert [len(network.calls) for network in (one, other)] == [8, 8 * parts]
+    (x, t, label), (others_x, others_t, others_label) = (
+        [torch.cat(column) for column in zip(*network.calls, strict=True)] for network in (one, other)
+    )
+    assert torch.equal(label, others_label)
+    assert set(label.tolist()) == {0, 1, 2, 3}
+    # Times depend on losses learnt, and those on weights: sums in another order.
+    torch.testing.assert_close(others_t, t, rtol=1e-5, atol=0)
+    torch.testing.assert_close(others_x, x, rtol=1e-4, atol=1e-5)
+    for found, expected in zip(metrics(tmp_path / str(parts)), metrics(tmp_path / "1"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+    for name in ("raw.safetensors", "model.safetensors", "times.safetensors"):
+        expected, found = (load_file(newest_checkpoint(tmp_path / str(count)) / name) for count in (1, parts))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_each_part_drops_units_of_its_own(tiny):
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.dropout, self.kept = nn.Parameter(torch.ones(2)), nn.Dropout(0.5), []
+
+        def forward(self, x, t):
+            factor = self.dropout(self.scale.expand(len(x), 64, 2))
+            self.kept.append((factor != 0).flatten().tolist())
+            return x * factor.mean(1)
+
+    def kept(parts):
+        train(tiny(train={"steps": 2, "accumulation": parts}), network=(network := Dropping()))
+        return network.kept
+
+    whole, halves, again = kept(1), kept(2), kept(2)
+    assert halves == again
+    # 256 units each: no two alike.
+    assert len({tuple(units) for units in halves}) == 4
+    assert whole[0][:256] == halves[0] != halves[1]
+
+
+def test_a_batch_that_parts_do_not_divide_is_named(tiny):
+    with pytest.raises(ConfigError, match=r"train\.batch_size = 4: must be a multiple of .* train\.accumulation = 3"):
+        train(tiny(train={"accumulation": 3}))
+
+
+def test_accumulation_may_change_when_a_run_goes_on(tiny, tmp_path):
+    whole = train(tiny())
+    interrupt(tiny(workdir=str(tmp_path)), 4)
+    result = train(tiny(workdir=str(tmp_path), train={"accumulation": 4}))
+    assert result.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-4)
 
 
 # Learning
@@ -751,6 +843,101 @@ def test_the_device_is_chosen(tiny):
     for name, device in (("cpu", "cpu"), ("auto", expected.type)):
         result = train(tiny(train={"device": name, "steps": 1}))
         assert {p.device.type for m in (result.model, result.raw_model) for p in m.parameters()} == {device}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError(),
+    ],
+    ids=["accelerator", "cpu", "python"],
+)
+def test_what_to_lower_is_said_where_memory_does_not_suffice(tiny, recorder, error):
+    class Large(recorder):
+        def forward(self, x, t):
+            raise error
+
+    with pytest.raises(TrainingError, match=r"raise train\.accumulation = 2.* batch of 4 .*'fsdp'") as raised:
+        train(tiny(train={"accumulation": 2}), network=Large())
+    assert raised.value.__cause__ is error
+    assert str(error) in str(raised.value)
+
+
+def test_another_error_of_a_step_stays_what_it_is(tiny, recorder):
+    class Wrong(recorder):
+        def forward(self, x, t):
+            raise RuntimeError("of the user's own")
+
+    with pytest.raises(RuntimeError, match=r"^of the user's own$"):
+        train(tiny(), network=Wrong())
+
+
+# Checkpoints while training goes on
+
+
+class Events(Callback):
+    """What a run tells of, in order; ``act`` is called with its steps."""
+
+    def __init__(self, act=lambda step: None):
+        self.act, self.seen = act, []
+
+    def metrics(self, run):
+        self.seen.append(run.step)
+        self.act(run.step)
+
+    def checkpoint(self, run, path):
+        assert path == newest_checkpoint(run.workdir)
+        self.seen.append(path.name.lstrip("0"))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tiny, tmp_path, monkeypatch):
+    config = tiny(workdir=str(tmp_path / "blocking"), train={"keep_checkpoints": 9, "async_checkpoints": False})
+    blocking = Events()
+    train(config, callbacks=[blocking])
+    assert blocking.seen == [1, 2, "3", 3, 4, 5, "6", 6, 7, "8", 8]
+    may_write, write = threading.Event(), Contents.write
+
+    def late(self, path):
+        assert may_write.wait(60)
+        write(self, path)
+
+    def act(step):
+        if step == 5:
+            assert newest_checkpoint(tmp_path / "background") is None
+            may_write.set()
+
+    monkeypatch.setattr(Contents, "write", late)
+    config = tiny(workdir=str(tmp_path / "background"), train={"keep_checkpoints": 9})
+    background = Events(act)
+    train(config, callbacks=[background])
+    # Of the one before, when the next is due; of the last, before the end.
+    assert background.seen == [1, 2, 3, 4, 5, "3", 6, 7, "6", 8, "8"]
+    # Each has the weights of its step, though they have moved on since.
+    for step in ("00000003", "00000006", "00000008"):
+        one, other = (tmp_path / name / "checkpoints" / step for name in ("blocking", "background"))
+        for name in ("raw.safetensors", "model.safetensors", "optimizer.safetensors"):
+            expected, found = load_file(one / name), load_file(other / name)
+            assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+        assert (one / "state.json").read_bytes() == (other / "state.json").read_bytes()
+
+
+@pytest.mark.parametrize(("step", "left"), [(3, []), (6, ["00000003"]), (8, ["00000003", "00000006"])])
+@pytest.mark.parametrize("background", [True, False])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(tiny, tmp_path, monkeypatch, step, left, background):
+    write = Contents.write
+
+    def full(self, path):
+        if f"partial-{step:08d}" in str(path):
+            raise OSError("no space left")
+        write(self, path)
+
+    monkeypatch.setattr(Contents, "write", full)
+    config = tiny(workdir=str(tmp_path), train={"async_checkpoints": background})
+    with pytest.raises(CheckpointError, match=rf"{step:08d} cannot be written: no space left; it takes .* MB, and"):
+        train(config)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == left
 
 
 # What a run leaves
