@@ -1,4 +1,4 @@
-"""python -m sde_diffusion train|sample|likelihood."""
+"""python -m sde_diffusion COMMAND: see sde_diffusion/cli.py."""
 
 import sys
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import ast
 import difflib
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -55,7 +54,7 @@ from sde_diffusion.training.config import (
     resolve_config,
 )
 from sde_diffusion.training.devices import DEVICES, choose_device_type
-from sde_diffusion.training.distributed import Ranks, launched, use_own_device
+from sde_diffusion.training.distributed import Ranks, launched, place_of_launcher
 from sde_diffusion.training.plan import Plan, check_devices, empty_network
 from sde_diffusion.training.storage import checksum, files_of
 
@@ -280,8 +279,7 @@ class _Evaluation:
     def __init__(self, command: str, values: flags.FlagValues, config: ConfigDict | None):
         self.values = values
         # Ranks meet in files alone: one that is slower, or killed and restarted, holds up no other.
-        self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        use_own_device()
+        self.rank, self.ranks = place_of_launcher()
         self.model, section, path = _model(values, config)
         self.dataset, data = self._load(section)
         self.settings = {

@@ -102,7 +102,7 @@ def load_features(
     try:
         description = json.loads(stored.header[_HEADER])
         # Its first weights are overwritten, so that drawing them is no reason to disturb the user's random numbers.
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([]):
             network = FeatureNetwork(description["name"], description["classes"], description["dimension"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its header describes no feature network of this library") from error

@@ -7,6 +7,7 @@ generator reads, is (hash + index · odd) mod 2³², which gives no two indices 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from copy import copy
 
 import numpy as np
@@ -58,6 +59,11 @@ class Streams:
     def seeds(self) -> list[int]:
         """One integer per stream, for a library that wants a seed rather than numbers; repeatable."""
         return [g.initial_seed() for g in self._generators]
+
+
+def unmixed_random_numbers(device: torch.device) -> AbstractContextManager[None]:
+    """Within a with statement torch's own generators, of the CPU and the device, are free to use; then as before."""
+    return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
 
 
 class StepNoise:

@@ -21,6 +21,7 @@ The header of every model file holds what is needed to rebuild the model, so tha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -98,7 +99,7 @@ def load(
         raise CheckpointError(f"{path}: was trained with a network of the user's own; pass it as network=")
     try:
         # Its first weights are overwritten, so that drawing them is no reason to disturb the user's random numbers.
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([]):
             model = build_model(config, tuple(description["data_shape"]), DataInfo(**description["data"]), network)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its header describes no model of this library: {error}") from error
@@ -189,7 +190,7 @@ def set_aside_after(workdir: Path, step: int) -> None:
 class Checkpoints:
     """What writes the checkpoints of a run, one at a time: while the run goes on, if that is asked for.
 
-    One process writes all of it, or of a sharded run each rank its part.
+    The first rank writes all of it, or of a sharded run each rank its part.
     """
 
     def __init__(self, workdir: Path, ranks: Ranks, keep: int, keep_every: int = 0, in_background: bool = False):
@@ -204,109 +205,141 @@ class Checkpoints:
         """
         self._folder, self._ranks, self._keep, self._keep_every = workdir / "checkpoints", ranks, keep, keep_every
         self._writer = ThreadPoolExecutor(1, "checkpoint") if in_background else None
-        self._group = ranks.group_of_cpus() if ranks.sharded else None
-        self._written: Future[Path] | None = None
+        self._group = ranks.further_group() if ranks.sharded else None
+        self._begun: Path | None = None
+        self._written: Future[None] = Future()
 
     def write(self, state: Mapping[str, Any], files: Mapping[str, tuple[Mapping[str, Tensor], dict[str, str]]]) -> None:
-        """Write everything needed to go on from state["step"], then delete all but the newest checkpoints.
+        """Begin to write what is needed to go on from state["step"]; the newest checkpoints but ``keep`` are deleted.
 
         Args:
             state: JSON values, the step among them.
             files: tensors and a header by the name of their file.
-
-        Raises:
-            CheckpointError: as ``finish``; of the checkpoint before too, if that is still being written.
         """
-        assert self._written is None
+        assert self._begun is None
+        self._begun, self._written = self._folder / f"{state['step']:08d}", Future()
         if not (self._ranks.is_first or self._ranks.sharded):
+            self._written.set_result(None)
             return
         copied = {name: Contents(*content, self._ranks.is_first) for name, content in files.items()}
-        contents = {name: content for name, content in copied.items() if content.nbytes}
+        arguments = self._begun, dict(state), {name: content for name, content in copied.items() if content.nbytes}
         if self._writer:
-            self._written = self._writer.submit(self._write, dict(state), contents)
+            self._written = self._writer.submit(self._write, *arguments)
         else:
-            self._written = Future()
-            self._written.set_result(self._write(dict(state), contents))
+            self._written = _done(self._write, *arguments)
 
     def finish(self) -> Path | None:
-        """Wait for the checkpoint that is being written: its folder, on ranks that write; None if there is none.
+        """Wait for the checkpoint that is being written: its folder, on all ranks; None if there is none.
 
         Raises:
             CheckpointError: if it cannot be written, as on a full disk; nothing of it is left, and the others stay.
         """
-        written, self._written = self._written, None
-        return None if written is None else written.result()
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return None
+        error = self._written.exception()
+        failed = self._ranks.largest(int(error is not None))
+        if error:
+            raise error
+        if failed:
+            raise CheckpointError(f"{begun} cannot be written by another rank; the checkpoints before it are whole")
+        return begun
 
     def close(self) -> None:
         """End the thread that writes, after what it has begun."""
         if self._writer:
             self._writer.shutdown()
 
-    def _write(self, state: dict[str, Any], contents: dict[str, Contents]) -> Path:
-        final = self._folder / f"{state['step']:08d}"
+    def _write(self, final: Path, state: dict[str, Any], contents: dict[str, Contents]) -> None:
+        """Write a checkpoint, stage by stage; each rank that writes goes on when all are well."""
         partial = final.with_name(f"partial-{final.name}")
-        error = None
-        try:
-            if self._ranks.is_first:
-                _remove_partial(self._folder)
-                partial.mkdir(parents=True)
-                write_json(partial / "state.json", state)
-        except OSError as failure:
-            error = failure
-        if self._all_well(error is None):
-            error = self._write_own(partial, contents)
-        if self._all_well(error is None) and self._ranks.is_first:
+        for stage in (self._begin, self._write_own, self._complete):
+            error: Exception | None = None
             try:
-                self._complete(partial, final)
-            except OSError as failure:
+                stage(partial, state, contents)
+            except Exception as failure:
                 error = failure
-        # No rank takes it for whole before the first has given it its name.
-        if not self._all_well(error is None):
-            shutil.rmtree(partial, ignore_errors=True)
-            raise self._explained(final, error, sum(content.nbytes for content in contents.values())) from error
-        return final
+            if not self._all_well(error is None):
+                shutil.rmtree(partial, ignore_errors=True)
+                needed = sum(content.nbytes for content in contents.values())
+                raise _explained(error, final, needed) from error
+        if self._ranks.is_first:
+            self._delete_old()
 
-    def _write_own(self, partial: Path, contents: Mapping[str, Contents]) -> OSError | None:
-        """Write this rank's files and their checksums; what went wrong, or None."""
-        rank, ranks = self._ranks.rank, self._ranks.size
+    def _begin(self, partial: Path, state: dict[str, Any], contents: dict[str, Contents]) -> None:
+        """Make a folder of another name, with the state."""
+        if self._ranks.is_first:
+            _remove_partial(self._folder)
+            partial.mkdir(parents=True)
+            write_json(partial / "state.json", state)
+
+    def _write_own(self, partial: Path, state: dict[str, Any], contents: dict[str, Contents]) -> None:
+        """Write this rank's files and their checksums."""
         checksums = {}
-        try:
-            for name, content in contents.items():
-                path = part_of(partial / name, rank, ranks) if self._ranks.sharded else partial / name
-                content.write(path)
-                checksums[path.name] = checksum(path)
-            write_json(part_of(partial / _CHECKSUMS, rank, ranks), checksums)
-        except OSError as error:
-            return error
-        return None
+        for name, content in contents.items():
+            path = self._part(partial / name, self._ranks.rank)
+            content.write(path)
+            checksums[path.name] = checksum(path)
+        write_json(part_of(partial / _CHECKSUMS, self._ranks.rank, self._ranks.size), checksums)
 
-    def _complete(self, partial: Path, final: Path) -> None:
-        """Join the ranks' checksums, give a checkpoint its name, and delete old ones."""
+    def _complete(self, partial: Path, state: dict[str, Any], contents: dict[str, Contents]) -> None:
+        """Join the ranks' checksums, and give the checkpoint its name."""
+        if not self._ranks.is_first:
+            return
         checksums = {"state.json": checksum(partial / "state.json")}
-        for path in sorted(partial.glob(f"{Path(_CHECKSUMS).stem}.rank-*")):
+        for rank in range(self._ranks.size if self._ranks.sharded else 1):
+            # By name: a network's file system may not list at once what another machine has written.
+            path = part_of(partial / _CHECKSUMS, rank, self._ranks.size)
             checksums |= read_json(path)
             path.unlink()
         write_json(partial / _CHECKSUMS, checksums)
         sync(partial)
-        partial.rename(final)
-        sync(final.parent)
-        for old in _checkpoints(final.parent.parent)[: -self._keep]:
-            if self._keep_every == 0 or int(old.name) % self._keep_every:
-                # Renamed first: a checkpoint is never there in part.
-                old.rename(old.with_name(f"partial-{old.name}"))
-        _remove_partial(final.parent)
+        partial.rename(partial.with_name(partial.name.removeprefix("partial-")))
+        sync(self._folder)
+
+    def _delete_old(self) -> None:
+        """Delete all but the newest checkpoints; what cannot be deleted stays, and is reported."""
+        try:
+            for old in _checkpoints(self._folder.parent)[: -self._keep]:
+                if self._keep_every == 0 or int(old.name) % self._keep_every:
+                    # Renamed first: a checkpoint is never there in part.
+                    old.rename(old.with_name(f"partial-{old.name}"))
+        except OSError as error:
+            warnings.warn(f"an old checkpoint cannot be deleted: {error}", stacklevel=2)
+        _remove_partial(self._folder)
+
+    def _part(self, path: Path, rank: int) -> Path:
+        return part_of(path, rank, self._ranks.size) if self._ranks.sharded else path
 
     def _all_well(self, is_well: bool) -> bool:
         """Whether all ranks that write are well; the slowest is waited for."""
         return is_well if self._group is None else not self._ranks.largest(int(not is_well), self._group)
 
-    def _explained(self, final: Path, error: OSError | None, needed: int) -> CheckpointError:
-        if error is None:
-            return CheckpointError(f"{final} cannot be written by another rank; the checkpoints before it are whole")
-        return CheckpointError(
-            f"{final} cannot be written: {error}; it takes {needed / 1e6:.3g} MB, and "
-            f"{shutil.disk_usage(self._folder.parent).free / 1e6:.3g} MB are free; the checkpoints before it are whole"
-        )
+
+def _done(function: Callable[..., None], *arguments: Any) -> Future[None]:
+    """A call that is over, with its error if it had one."""
+    future: Future[None] = Future()
+    try:
+        function(*arguments)
+        future.set_result(None)
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
+def _explained(error: Exception | None, final: Path, needed: int) -> Exception:
+    """What to tell the user of a checkpoint that could not be written."""
+    if error is None:
+        return CheckpointError(f"{final} cannot be written by another rank; the checkpoints before it are whole")
+    if not isinstance(error, OSError):
+        return error
+    free = ""
+    with contextlib.suppress(OSError):
+        free = f", and {shutil.disk_usage(final.parents[1]).free / 1e6:.3g} MB are free"
+    return CheckpointError(
+        f"{final} cannot be written: {error}; this rank's part takes {needed / 1e6:.3g} MB{free}; "
+        "the checkpoints before it are whole"
+    )
 
 
 def contents_of(

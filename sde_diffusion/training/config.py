@@ -170,30 +170,30 @@ _CHOICES = {
     "model.prediction": tuple(PREDICTIONS),
     "loss.spread": tuple(SPREADS),
 }
-_POSITIVE: tuple[str, ...] = (
+_POSITIVE = (
     "optim.lr",
     "optim.eps",
     "model.sigma_data",
     "model.mean_step",
+    "ema.snapshot_every",
     "train.batch_size",
+    "train.accumulation",
+    "train.prefetch",
     "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
     "train.sample_count",
     "evaluation.batch_size",
 )
-_POSITIVE += (
-    "train.accumulation",
-    "train.prefetch",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "ema.snapshot_every",
-)
-_NOT_NEGATIVE: tuple[str, ...] = (
+_NOT_NEGATIVE = (
     "seed",
     "optim.weight_decay",
     "optim.warmup",
     "optim.grad_clip",
     "train.steps",
     "train.workers",
+    "train.keep_every",
+    "train.sample_every",
     "evaluation.every",
     "evaluation.loss_count",
     "evaluation.levels",
@@ -201,7 +201,6 @@ _NOT_NEGATIVE: tuple[str, ...] = (
     "evaluation.frechet_count",
     "evaluation.patience",
 )
-_NOT_NEGATIVE += ("train.sample_every", "train.keep_every")
 _FRACTIONS = ("optim.beta1", "optim.beta2", "ema.decay", "train.label_dropout")
 # Sections whose fields are the keyword arguments of a named class; the second entry counts the arguments the
 # library itself supplies, which a config may not.

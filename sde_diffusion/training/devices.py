@@ -155,7 +155,7 @@ def measure(precision: str = "float32") -> Device:
         fresh = _fresh()
     else:
         fresh = math.inf
-        count, memory = torch.accelerator.device_count(), float(torch.accelerator.get_memory_info(place)[1])
+        count, memory = torch.accelerator.device_count(), float(torch.get_device_module(place).mem_get_info(place)[1])
     return replace(
         DEVICES["cpu"],
         name=f"{place.type} here",

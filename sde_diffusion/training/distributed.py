@@ -5,9 +5,11 @@
 
     ddp    each rank has all weights; gradients are averaged during the last part's backward pass
     fsdp   each rank has an N-th of the rows of every weight, gradient, moment and average. A block's weights are
-           gathered where it is called, and its gradients averaged and scattered; PyTorch's fully_shard
+           gathered where it is called, and its gradients averaged and scattered with the last part, until which they
+           are whole; PyTorch's fully_shard
 
-Everything is torch.distributed itself. Buffers of a network are taken for constants.
+Everything is torch.distributed itself. All ranks begin with the first one's network, whose buffers are taken for
+constants. Whatever is agreed upon between processes goes through a group of CPUs, and waits for no device.
 
 Sources: Li et al. 2020 (arXiv:2006.15704) for ddp, Zhao et al. 2023 (arXiv:2304.11277) for fsdp.
 """
@@ -20,18 +22,22 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sde_diffusion.model import DiffusionModel
 from sde_diffusion.samplers.sample import share_of
+
+# Ranks may wait as long for one that decodes a folder of images, or writes a checkpoint.
+_PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,13 @@ class Ranks:
         rank: which one this is, from 0.
         size: how many there are.
         sharded: whether each has a part of the weights only.
+        group: through which their CPUs speak.
     """
 
     rank: int = 0
     size: int = 1
     sharded: bool = False
+    group: Any = None
 
     @property
     def is_first(self) -> bool:
@@ -69,7 +77,7 @@ class Ranks:
         if self.size == 1:
             return values
         collected = values.new_zeros(total, *values.shape[1:])
-        collected[torch.tensor(places, device=values.device)] = values
+        collected[places.start : places.stop] = values
         dist.all_reduce(collected)
         return collected
 
@@ -78,30 +86,35 @@ class Ranks:
         if self.size == 1:
             return number
         numbers = torch.tensor(number)
-        dist.all_reduce(numbers, dist.ReduceOp.MAX, group)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group or self.group)
         return int(numbers)
 
-    def first(self, action: Callable[[], int]) -> int:
-        """What the first rank's action returns, on all; the others wait for it.
+    def first(self, action: Callable[[], int | None]) -> int:
+        """What the first rank's action returns, or 0, on all; the others wait for it.
 
         Raises:
             RuntimeError: on the other ranks, if it fails on the first, which raises its own error.
         """
         if self.size == 1:
-            return action()
+            return action() or 0
         answer = torch.zeros(2, dtype=torch.int64)
         try:
             if self.is_first:
-                answer = torch.tensor([1, action()])
+                answer = torch.tensor([1, action() or 0])
         finally:
-            dist.broadcast(answer, 0)
+            dist.broadcast(answer, 0, self.group)
         if not answer[0]:
             raise RuntimeError(f"rank {self.rank}: rank 0 has failed, and says why")
         return int(answer[1])
 
-    def group_of_cpus(self) -> Any:
-        """A further group of all ranks, for a thread whose waiting is not to mix with the run's own."""
-        return dist.new_group(backend="gloo")
+    def begin_alike(self, network: Any) -> None:
+        """Give all ranks the first one's weights and buffers."""
+        for tensor in [*network.parameters(), *network.buffers()] if self.size > 1 else ():
+            dist.broadcast(tensor.data, 0, self.group)
+
+    def further_group(self) -> Any:
+        """Another group of CPUs, for a thread whose waiting is not to mix with the run's own."""
+        return dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 @contextmanager
@@ -110,35 +123,49 @@ def launched(sharded: bool = False) -> Iterator[Ranks]:
 
     Joins them, and leaves them in the end, unless the caller has called ``torch.distributed.init_process_group``.
     """
-    if dist.is_initialized():
-        yield Ranks(dist.get_rank(), dist.get_world_size(), sharded)
-        return
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1:
+    rank, size = place_of_launcher()
+    if size == 1 and not dist.is_initialized():
         yield Ranks(sharded=sharded)
         return
-    use_own_device()
-    dist.init_process_group()
+    joins = not dist.is_initialized()
+    if joins:
+        dist.init_process_group(timeout=_PATIENCE)
+    rank, size = dist.get_rank(), dist.get_world_size()
     try:
-        yield Ranks(dist.get_rank(), size, sharded)
-    finally:
+        yield Ranks(rank, size, sharded, dist.new_group(backend="gloo", timeout=_PATIENCE))
+    except SystemExit:
+        _leave(joins)
+        raise
+    # After an error of one rank it would wait for the others, and torchrun for it.
+    _leave(joins)
+
+
+def _leave(joined: bool) -> None:
+    if joined:
         dist.destroy_process_group()
 
 
-def use_own_device() -> None:
-    """Of the accelerators of this machine, have each process that torchrun started take one."""
+def place_of_launcher() -> tuple[int, int]:
+    """The rank of this process among those that torchrun started, and their number; each takes a device of its own."""
     if "LOCAL_RANK" in os.environ and torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def shard(network: Any, ranks: Ranks, device: torch.device) -> None:
-    """Leave each rank its rows of every weight, on ``device``; weights are gathered unit by unit, if it names any."""
-    mesh = init_device_mesh(device.type, (ranks.size,))
+def shard(network: Any, mesh: DeviceMesh) -> None:
+    """Leave each rank its rows of every weight, on its device; weights are gathered unit by unit, if it names any.
+
+    Raises:
+        ValueError: for a weight that two units share.
+    """
     for weight in network.parameters():
         # Rows are contiguous only in the usual memory order.
         weight.data = weight.data.contiguous()
-    units: Callable[[], Iterator[nn.Module]] = getattr(network, "units", lambda: iter(()))
-    for unit in units():
+    units = list(network.units()) if callable(getattr(network, "units", None)) else []
+    weights = [weight for unit in units for weight in unit.parameters()]
+    if len(set(weights)) < len(weights):
+        raise ValueError("network: its units() share a weight, which can be sharded with one of them only")
+    for unit in units:
         if any(True for _ in unit.parameters()):
             fully_shard(unit, mesh=mesh)
     fully_shard(network, mesh=mesh)
@@ -170,15 +197,16 @@ class Gathered:
     """A model whose weights are sharded, gathered on each rank: to be evaluated there, without waiting on another."""
 
     def __init__(self, model: DiffusionModel):
-        """Remember a model's structure before it is sharded; no weight takes memory."""
+        """Remember a model's structure before it is sharded; its weights take memory only for that moment."""
         self._structure = copy.deepcopy(model).to("meta")
 
-    def of(self, model: DiffusionModel) -> DiffusionModel:
-        """A copy of the sharded model as it is now, in evaluation mode. All ranks must ask for it."""
-        gathered = copy.deepcopy(self._structure).to_empty(device=model.device)
+    def of(self, model: DiffusionModel, device: torch.device | str) -> DiffusionModel:
+        """A copy of the sharded model as it is now, on a device, in evaluation mode. All ranks must ask for it."""
+        gathered = copy.deepcopy(self._structure).to_empty(device=device)
         with torch.no_grad():
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-                is_weight = isinstance(tensor, nn.Parameter)
-                named = gathered.get_parameter(name) if is_weight else gathered.get_buffer(name)
-                named.copy_(whole(tensor))
+            # Those that share memory are apart once they have been on "meta".
+            for name, weight in model.named_parameters(remove_duplicate=False):
+                gathered.get_parameter(name).copy_(whole(weight))
+            for name, buffer in model.named_buffers(remove_duplicate=False):
+                gathered.get_buffer(name).copy_(buffer)
         return gathered.eval().requires_grad_(False)

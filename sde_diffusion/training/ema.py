@@ -63,7 +63,12 @@ class Averages:
     """The averages of a model's weights that a run keeps, each a model of its own."""
 
     def __init__(
-        self, model: DiffusionModel, decay: float, further_decays: Sequence[float] = (), widths: Sequence[float] = ()
+        self,
+        model: DiffusionModel,
+        decay: float,
+        further_decays: Sequence[float] = (),
+        widths: Sequence[float] = (),
+        place: Callable[[DiffusionModel], object] = lambda copied: None,
     ):
         """Begin them all.
 
@@ -72,6 +77,7 @@ class Averages:
             decay: that of the main average.
             further_decays: those of exponential averages beside it.
             widths: σ_rel of power-function averages, of which snapshots are to be kept.
+            place: what is done with each copy of the model before the next is made, such as sharding its weights.
 
         Raises:
             ValueError: for a width out of range.
@@ -81,7 +87,10 @@ class Averages:
         self._decays |= {f"model-{further}": partial(exponential_decay, further) for further in further_decays}
         self._decays |= {_power_name(width): partial(power_decay, power_exponent(width)) for width in widths}
         # By the name of the file that each is kept in.
-        self.models = {name: copy.deepcopy(model).eval().requires_grad_(False) for name in self._decays}
+        self.models: dict[str, DiffusionModel] = {}
+        for name in self._decays:
+            self.models[name] = copy.deepcopy(model).eval().requires_grad_(False)
+            place(self.models[name])
 
     @torch.no_grad()
     def update(self, model: DiffusionModel, step: int) -> None:
@@ -106,22 +115,23 @@ class Averages:
             step: of the averages.
             config: what the headers of the files say of them.
             whole: gathers a model of which each rank has a part.
-            ranks: of which the first writes.
+            ranks: of which the first writes, and the others wait.
 
         Raises:
             CheckpointError: if they cannot be written, as on a full disk; the run's checkpoints stay.
         """
         folder = workdir / "averages"
-        try:
-            folder.mkdir(exist_ok=True)
-            for width in self.widths:
-                model = whole(self.models[_power_name(width)])
-                if ranks.is_first:
-                    save_model(model, folder / f"{step:08d}-{width}.safetensors", config)
-        except OSError as error:
-            raise CheckpointError(
-                f"{folder}: a snapshot cannot be written: {error}; the checkpoints before it are whole"
-            ) from error
+        for width in self.widths:
+            model = whole(self.models[_power_name(width)])
+
+            path = folder / f"{step:08d}-{width}.safetensors"
+            try:
+                ranks.first(partial(folder.mkdir, exist_ok=True))
+                ranks.first(partial(save_model, model, path, config))
+            except OSError as error:
+                raise CheckpointError(
+                    f"{folder}: a snapshot cannot be written: {error}; the checkpoints before it are whole"
+                ) from error
 
 
 class Profile(NamedTuple):

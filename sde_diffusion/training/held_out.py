@@ -53,7 +53,7 @@ from sde_diffusion.evaluation import (
 from sde_diffusion.losses import Importance, TimeSampler, Uniform, Weighting, denoising_loss
 from sde_diffusion.model import DiffusionModel, evaluating
 from sde_diffusion.ode import SolverError
-from sde_diffusion.samplers.noise import Streams
+from sde_diffusion.samplers.noise import Streams, unmixed_random_numbers
 from sde_diffusion.samplers.sample import sample
 from sde_diffusion.training.config import ConfigError
 from sde_diffusion.training.distributed import Ranks
@@ -316,9 +316,8 @@ class Evaluation:
         """
         started = time.perf_counter()
         self.check(model)
-        device = model.device
         # A network of the user's own may draw random numbers outside training too.
-        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        with unmixed_random_numbers(model.device):
             numbers = self._loss(model) | self._likelihood(model)
             if self.distance is not None:
                 numbers["frechet_distance"] = self.distance(model)

@@ -14,9 +14,11 @@ from __future__ import annotations
 import json
 import math
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import numpy as np
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 
 from sde_diffusion.data import as_dataset, load_dataset
@@ -40,7 +43,8 @@ from sde_diffusion.losses import (
     independent,
 )
 from sde_diffusion.model import DiffusionModel
-from sde_diffusion.samplers.noise import Streams
+from sde_diffusion.ode import SolverError
+from sde_diffusion.samplers.noise import Streams, unmixed_random_numbers
 from sde_diffusion.samplers.sample import sample
 from sde_diffusion.training.batches import batches
 from sde_diffusion.training.callbacks import Callback, as_callback
@@ -87,7 +91,7 @@ class TrainingError(RuntimeError):
 class TrainResult:
     """Where a run stands; what ``train`` returns and its callbacks are given.
 
-    During a run whose weights are sharded, those of both models are DTensors; afterwards they are whole.
+    During a run whose weights are sharded, those of both models are DTensors; afterwards they are whole, on the CPU.
     """
 
     model: DiffusionModel  # with averaged weights: for sampling and evaluation
@@ -98,7 +102,7 @@ class TrainResult:
     evaluation: dict[str, float] = field(default_factory=dict)  # the last one
     rank: int = 0
     ranks: int = 1
-    stop: bool = False  # set by a callback, on any rank: ends the run after this step, with a checkpoint
+    stop: bool = False  # set by a callback, on any rank: ends the run after the next line of metrics or evaluation
 
 
 def train(
@@ -114,7 +118,8 @@ def train(
 
     Args:
         config: some or all fields of ``default_config``, or the path of a file in configs/.
-        network: a module called as network(x, t), in place of the config's.
+        network: a module called as network(x, t), in place of the config's. It is trained as it is, and cannot be used
+            any more where its weights were sharded.
         dataset: an array (N, ...), a tensor or a torch Dataset, in place of the config's.
         callbacks: each a ``Callback``, or a function that is called with a TrainResult after every line of metrics.
         held_out: beside a data set of one's own, data to evaluate on; of the config's it is the test split.
@@ -133,15 +138,18 @@ def train(
             stands.
         Interrupted: at SIGTERM or SIGINT in a run with a directory, after the step and its checkpoint: a SystemExit
             with the code 128 + signal. A second signal has its usual effect at once.
+        TypeError: for a callback that is none.
+        RuntimeError: on the other ranks, where the first has failed.
     """
     config = resolve_config(config)
     description = _description(config, network is not None, dataset is not None)
+    told = [as_callback(callback) for callback in callbacks]
     # Before the ranks meet: the first to decode a folder of images may take long, and the others need not wait in vain.
     dataset, held_out = _data(config, dataset, held_out)
     with launched(config.train.parallel == "fsdp") as ranks:
-        _check_ranks(config, ranks)
+        _check_ranks(config, ranks, has_picture(dataset.data_shape))
         device = choose_device(config.train.device, "train.device")
-        with torch.random.fork_rng():
+        with unmixed_random_numbers(device):
             torch.manual_seed(config.seed)
             try:
                 raw = build_model(description, dataset.data_shape, dataset.data, network)
@@ -157,9 +165,11 @@ def train(
             if config.evaluation.every:
                 evaluation = Evaluation(config, weighting, times, dataset, held_out, ranks)
                 evaluation.check(raw)
-            with locked(Path(config.workdir)) if config.workdir and ranks.is_first else nullcontext():
+            with ExitStack() as held:
+                if config.workdir:
+                    ranks.first(partial(held.enter_context, locked(Path(config.workdir))))
                 run = _Run(config, description, dataset, raw, weighting, times, schedule, evaluation, device, ranks)
-                return run.finish([as_callback(callback) for callback in callbacks])
+                return run.finish(told)
 
 
 class _Objective(nn.Module):
@@ -193,13 +203,19 @@ class _Run:
         self.raw, self.times, self.schedule, self.device, self.ranks = raw, times, schedule, device, ranks
         self.evaluation, self.workdir = evaluation, Path(config.workdir) if config.workdir else None
         self.share = ranks.share(config.train.batch_size)
-        self.averages = Averages(raw, config.ema.decay, config.ema.further_decays, config.ema.widths)
-        self.averaged = self.averages.models["model"]
+        ranks.begin_alike(raw)
         self.gathered = Gathered(raw) if ranks.sharded else None
-        for model in (raw, *self.averages.models.values()):
-            if ranks.sharded:
-                shard(model.network, ranks, device)
+        mesh = init_device_mesh(device.type, (ranks.size,)) if ranks.sharded else None
+
+        def place(model: DiffusionModel) -> None:
+            if mesh is not None:
+                shard(model.network, mesh)
             model.to(device)
+
+        ema = config.ema
+        self.averages = Averages(raw, ema.decay, ema.further_decays, ema.widths, place)
+        self.averaged = self.averages.models["model"]
+        place(raw)
         self.objective: nn.Module = _Objective(raw, weighting)
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
@@ -223,8 +239,13 @@ class _Run:
                 self.workdir, ranks, options.keep_checkpoints, options.keep_every, options.async_checkpoints
             )
         if ranks.size > 1 and not ranks.sharded:
+            self._go_through()
+            self._check_all_used()
             self.objective = replicate(self.objective)
-            self._settle()
+            # It changes the order in which ranks add gradients after the first backward pass, and the order of a sum is
+            # in its last bits: a run that is taken up would differ from one that was not interrupted.
+            self._go_through()
+            self.optimizer.zero_grad(set_to_none=True)
 
     def finish(self, callbacks: Sequence[Callback]) -> TrainResult:
         """Take all the steps that remain."""
@@ -249,7 +270,7 @@ class _Run:
             self._tell(callbacks, "end", result, error)
         self.raw.eval()
         if self.gathered:
-            result.model, result.raw_model = self.gathered.of(self.averaged), self.gathered.of(self.raw)
+            result.model, result.raw_model = (self.gathered.of(each, "cpu") for each in (self.averaged, self.raw))
         return result
 
     def _go(self, log: Log, evaluations: Log, result: TrainResult, callbacks: Sequence[Callback]) -> None:
@@ -288,15 +309,17 @@ class _Run:
                     self._tell(callbacks, event, result)
                 # Nothing else asks for an end; ranks need not agree on it after every step.
                 is_ended = bool(news) and bool(ranks.largest(int(result.stop)))
-                if self.workdir and is_ended and not is_saved:
-                    self._save([log, evaluations], result, callbacks, loss, grad_norm)
+                if self.workdir and is_ended and not is_last:
+                    self._keep_averages(loss, grad_norm)
+                    if not is_saved:
+                        self._save([log, evaluations], result, callbacks, loss, grad_norm)
                 watch.lap("logging")
                 if self.workdir and request:
                     self._complete(result, callbacks)
                     raise Interrupted(signal.Signals(request), self.step, self.workdir)
                 if is_ended:
                     break
-        self._complete(result, callbacks)
+            self._complete(result, callbacks)
 
     def _has_converged(self, evaluations: Log) -> bool:
         """Whether the held-out loss has not become smaller for long enough; the first rank knows all evaluations."""
@@ -325,7 +348,7 @@ class _Run:
         watch.lap("optimizer")
         self.averages.update(self.raw, self.step)
         watch.lap("average")
-        return (time_weight * losses).mean(), whole(grad_norm)
+        return (time_weight * losses).mean(), grad_norm
 
     def _differentiate(
         self, x0: Tensor, t: Tensor, noise: Tensor, time_weight: Tensor, cond: dict[str, Tensor]
@@ -342,9 +365,10 @@ class _Run:
             with exchanging(self.objective, self.raw.network, part == parts - 1):
                 with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
                     of_part = {name: values[rows] for name, values in cond.items()}
-                    losses.append(self.objective(x0[rows], t[rows], noise[rows], of_part))
-                self.scaler.scale((time_weight[rows] * losses[-1]).mean() / parts).backward()
-        return torch.cat(losses).detach()
+                    loss = self.objective(x0[rows], t[rows], noise[rows], of_part)
+                self.scaler.scale((time_weight[rows] * loss).mean() / parts).backward()
+            losses.append(loss.detach())
+        return torch.cat(losses)
 
     def _hide(self, label: Tensor, streams: Streams) -> Tensor:
         """Replace some labels by the one past the last class, which stands for none."""
@@ -367,12 +391,17 @@ class _Run:
             u = spread(self.ranks.collect(u, self.share, total))[self.share.start : self.share.stop]
         return streams, x0, u, streams.normal(shape)
 
-    def _settle(self) -> None:
-        """Go through the network and back once, after which the order in which ranks add gradients stays.
+    def _check_all_used(self) -> None:
+        """Refuse weights that a pass leaves without a gradient, for which DistributedDataParallel waits for ever."""
+        unused = [name for name, p in self.raw.named_parameters() if p.requires_grad and p.grad is None]
+        if unused:
+            raise ConfigError(
+                f"network: {', '.join(unused)}: no part in training, which all weights must have on several ranks: "
+                "freeze them with requires_grad_(False), or configure the network without"
+            )
 
-        DistributedDataParallel changes it after the first backward pass, and the order of a sum is in its last bits: a
-        run that is taken up would differ from one that was not interrupted.
-        """
+    def _go_through(self) -> None:
+        """Go through the network and back, without a step."""
         model = self.raw
         x0 = torch.zeros(1, *model.data_shape, device=self.device)
         cond = (
@@ -382,7 +411,6 @@ class _Run:
         )
         self.raw.train()
         self.objective(x0, x0.new_full((1,), model.sde.t_max), x0, cond).sum().backward()
-        self.optimizer.zero_grad(set_to_none=True)
 
     def _learning_rate(self, step: int) -> float:
         optim = self.config.optim
@@ -425,11 +453,10 @@ class _Run:
             _check_same(flatten(stored), flatten(self.description), workdir)
             return int(checkpoint.name)
 
-        def clear() -> int:
+        def clear() -> None:
             check_data(workdir, self.dataset)
             set_aside_after(workdir, self.step)
             drop_snapshots(workdir, self.step)
-            return 0
 
         self.step = self.ranks.first(find)
         if self.step == 0:
@@ -450,9 +477,7 @@ class _Run:
     ) -> None:
         """Begin to write a checkpoint; the one before it is then whole."""
         assert self.checkpoints is not None
-        # A finite loss can have a gradient that is not, and one step with it spoils the weights.
-        self._finite("loss", loss)
-        self._finite_gradient(grad_norm)
+        self._check_finite(loss, grad_norm)
         for log in logs:
             log.sync()
         self._complete(result, callbacks)
@@ -480,31 +505,49 @@ class _Run:
             return
         if options.sample_every and self.step % options.sample_every == 0 and has_picture(self.dataset.data_shape):
             self._draw_samples(self.workdir / "samples" / f"{self.step:08d}.png")
-        if self.averages.widths and (self.step % self.config.ema.snapshot_every == 0 or is_last):
-            self._finite("loss", loss)
-            self._finite_gradient(grad_norm)
-            self.averages.save_snapshots(self.workdir, self.step, self.description, self._whole, self.ranks)
+        if self.step % self.config.ema.snapshot_every == 0 or is_last:
+            self._keep_averages(loss, grad_norm)
+
+    def _keep_averages(self, loss: Tensor, grad_norm: Tensor) -> None:
+        if self.workdir and self.averages.widths:
+            self._check_finite(loss, grad_norm)
+            self.averages.save_snapshots(self.workdir, self.step, self.description, self._whole_on_cpu, self.ranks)
 
     def _whole(self, model: DiffusionModel) -> DiffusionModel:
         """A model to be called on this rank alone; all ranks must ask for it."""
-        return self.gathered.of(model) if self.gathered else model
+        return self.gathered.of(model, self.device) if self.gathered else model
+
+    def _whole_on_cpu(self, model: DiffusionModel) -> DiffusionModel:
+        """A model to be written by this rank alone; all ranks must ask for it."""
+        return self.gathered.of(model, "cpu") if self.gathered else model
 
     def _draw_samples(self, path: Path) -> None:
         """Each rank draws its share, and the first makes a picture of them."""
         count, classes = self.config.train.sample_count, getattr(self.raw.network, "classes", 0)
         cond = {"label": torch.arange(count, device=self.device) % classes} if classes else None
         model, shard = self._whole(self.averaged), (self.ranks.rank, self.ranks.size)
-        drawn = sample(model, count, solver="heun", steps=20, cond=cond, seed=self.config.seed, shard=shard)
-        samples = self.ranks.collect(drawn.samples, self.ranks.share(count), count)
-        if self.ranks.is_first:
-            save_picture(samples, self.dataset.data, path)
+        try:
+            own = sample(model, count, solver="heun", steps=20, cond=cond, seed=self.config.seed, shard=shard).samples
+        except SolverError as error:
+            # No reason to end the run, and the other ranks are not to wait.
+            warnings.warn(f"samples of step {self.step}: {error}", stacklevel=2)
+            own = torch.full((len(self.ranks.share(count)), *model.data_shape), math.nan, device=self.device)
+        samples = self.ranks.collect(own, self.ranks.share(count), count)
+        if bool(samples.isfinite().all()):
+            self.ranks.first(partial(save_picture, samples, self.dataset.data, path))
 
     def _tell(self, callbacks: Sequence[Callback], event: str, result: TrainResult, *more: Any) -> None:
         for callback in callbacks:
             getattr(callback, event)(result, *more)
 
+    def _check_finite(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Before weights are kept: a finite loss can have a gradient that is not, and a step with it spoils them."""
+        self._finite("loss", self.ranks.total(loss))
+        self._finite_gradient(grad_norm)
+
     def _finite_gradient(self, norm: Tensor) -> float:
         """The norm; with a scaled loss it may overflow, and the step is then not taken."""
+        norm = whole(norm)
         return float(norm) if self.scaler.is_enabled() else self._finite("grad_norm", norm)
 
     def _finite(self, name: str, value: Tensor) -> float:
@@ -568,7 +611,7 @@ def _build(registry: Mapping[str, Callable[..., Any]], section: ConfigDict, *arg
     return registry[options.pop("name")](*arguments, **options)
 
 
-def _check_ranks(config: ConfigDict, ranks: Ranks) -> None:
+def _check_ranks(config: ConfigDict, ranks: Ranks, has_picture: bool) -> None:
     """Refuse a batch that is not divided by ranks and parts, and to shard among one."""
     options = config.train
     if ranks.sharded and ranks.size == 1:
@@ -580,7 +623,9 @@ def _check_ranks(config: ConfigDict, ranks: Ranks) -> None:
             f"train.batch_size = {options.batch_size}: must be a multiple of the {ranks.size} ranks x "
             f"train.accumulation = {options.accumulation}"
         )
-    if options.sample_every and options.sample_count < ranks.size:
+    if ":" in options.device and ranks.size > 1:
+        raise ConfigError(f"train.device = {options.device!r}: of several ranks each takes its own; name none of them")
+    if config.workdir and options.sample_every and has_picture and options.sample_count < ranks.size:
         raise ConfigError(f"train.sample_count = {options.sample_count}: must be at least the {ranks.size} ranks")
 
 

@@ -5,7 +5,9 @@
       config.json                       the resolved config
       manifest.json                     that config, when the run was begun, with which versions and which data
       metrics.jsonl, tensorboard/       a line every log_every steps
+      evaluations.jsonl                 a line for each evaluation
       samples/                          sample pictures
+      averages/                         snapshots of power-function averages
       checkpoints/                      see checkpoint.py
 
 A run goes on only with the config and the data it was begun with, and with the same major version of the library.
@@ -19,6 +21,7 @@ import platform
 import signal
 import subprocess
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -35,6 +38,7 @@ from sde_diffusion.training.config import ConfigError
 from sde_diffusion.training.storage import CheckpointError, read_json, write_json
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_ECHO_SECONDS = 1.0
 
 # What an error says of each part of a fingerprint.
 _PHRASES = {
@@ -64,6 +68,9 @@ class Interrupted(SystemExit):
 class Signals:
     """Within a with statement, the first SIGTERM or SIGINT is noted; a second one has its usual effect.
 
+    The same signal soon after counts as the first: a scheduler sends it to all processes of a job, and the launcher
+    among them sends it on.
+
     Attributes:
         received: the signal, or None as long as there was none.
     """
@@ -82,8 +89,11 @@ class Signals:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        self.__exit__()
+        if self.received is None:
+            self.received, self._echo = signal.Signals(number), _Echo(number)
+        elif not self._echo.is_of(number):
+            self.__exit__()
+            signal.raise_signal(number)
 
     def __exit__(self, *exception: object) -> None:
         """Set the handlers that were there before."""
@@ -96,8 +106,25 @@ def outlast_a_signal(worker: int) -> None:
 
     A terminal or a scheduler sends them to every process of a run, which needs its workers to finish the step.
     """
-    for number in _SIGNALS:
-        signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    echoes: dict[int, _Echo] = {}
+
+    def pass_by(number: int, frame: FrameType | None) -> None:
+        if not echoes.setdefault(number, _Echo(number)).is_of(number):
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    for each in _SIGNALS:
+        signal.signal(each, pass_by)
+
+
+class _Echo:
+    """Whether a signal is the same one, told again by another process."""
+
+    def __init__(self, number: int):
+        self._number, self._heard = number, time.monotonic()
+
+    def is_of(self, number: int) -> bool:
+        return number == self._number and time.monotonic() - self._heard < _ECHO_SECONDS
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ class Cosine:
 
 @dataclass(frozen=True)
 class InverseSqrt:
-    """Falls as 1/√step from the step ``reference`` on, whatever the number of steps: a run can be made longer."""
+    """Falls as 1/√step from the step ``reference`` on, whatever the number of steps."""
 
     reference: int = 10_000
 

@@ -432,14 +432,14 @@ def failing(monkeypatch, step, count, error):
 
         return wrapped
 
-    def wrapped_write(checkpoints, state, contents):
+    def wrapped_write(checkpoints, final, state, contents):
         with monkeypatch.context() as patches:
             if state["step"] == step:
                 for name in OPERATIONS:
                     owner, _, attribute = name.rpartition(".")
                     owner = Path if owner == "pathlib.Path" else importlib.import_module(owner)
                     patches.setattr(owner, attribute, wrap(getattr(owner, attribute)))
-            return write(checkpoints, state, contents)
+            return write(checkpoints, final, state, contents)
 
     monkeypatch.setattr(Checkpoints, "_write", wrapped_write)
 
