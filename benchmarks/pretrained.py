@@ -3,7 +3,7 @@
 For each model: bits/dim of test images by the probability-flow ODE, with the standard errors over probes and over
 images, of a model with classes also given each image's class; and the Fréchet distance of samples to the 60,000
 training images in the feature space of `load_features("fashion_mnist")`, samples of a model with classes being of all
-alike. The images, codes, probes and starts are the same for all. With --workdir=RUN the last line tells what a run took.
+alike. The images, codes, probes and starts are the same for all. With --workdir=RUN, what that run took comes last.
 
 FOLDER holds the four idx files of the whole data set; without it, the slice in the package is the reference, and the
 distances are others.
