@@ -14,8 +14,8 @@ stretch of the loop is compared with the bare steps before and after it. Where o
 times as often as by the config; checkpoints are written within the step, which is the most that they can cost, and are
 counted as often as the config has them.
 
-For "peer", --stage=train leaves models in --output, which --stage=evaluate measures. The peer imports torchvision,
-which takes a torch that it was built for; both sides run in its environment:
+For "peer", --stage=train leaves models in --output, which --stage=evaluate measures; one that is there is not trained
+again. The peer imports torchvision, which takes a torch that it was built for; both sides run in its environment:
 
     python -m venv FOLDER && FOLDER/bin/pip install torch==2.14.1 torchvision==0.29.1
     FOLDER/bin/pip install denoising-diffusion-pytorch==2.3.4 --editable .
@@ -502,7 +502,8 @@ def compare(asked: Comparison, stage: str, together: int) -> None:
     if "train" in stage:
         _image_folder(asked)
         print(f"{asked.minutes:g} minutes of CPU time each, seed {asked.seed}", flush=True)
-        jobs: list[tuple[Any, ...]] = [(train_ours, asked), *((train_peer, asked, rate) for rate in asked.rates)]
+        jobs: list[tuple[Any, ...]] = [] if asked.file(None).exists() else [(train_ours, asked)]
+        jobs += [(train_peer, asked, rate) for rate in asked.rates if not asked.file(rate).exists()]
         for first in range(0, len(jobs), together):
             started = [
                 multiprocessing.get_context("spawn").Process(target=_on_one_thread, args=job)

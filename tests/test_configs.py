@@ -14,6 +14,8 @@ from sde_diffusion.data import ArrayDataset, DataInfo, load_dataset
 from sde_diffusion.networks.published import PUBLISHED
 from sde_diffusion.training import resolve_config
 from sde_diffusion.training.checkpoint import build_model
+from sde_diffusion.training.devices import DEVICES
+from sde_diffusion.training.plan import Plan
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.py"))}
@@ -78,6 +80,17 @@ def test_published_figures_are_those_of_the_table(name):
     said = re.search(r"Published: (?:FID ([\d.]+))?.*?(?:([\d.]+) bits/dim)?; not run here\.", docstring)
     assert (said.groups("-") if said else ("-", "-")) == (fid, bits.removeprefix("≤ "))
     assert network not in PUBLISHED or "not run here." in docstring.lower()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_plan_at_reduced_width(name):
+    config = resolve_config(CONFIGS[name])
+    config.network.update(REDUCED[config.network.name])
+    shape = random_images(config).data_shape if len(data_shape(config)) == 3 else data_shape(config)
+    plan = Plan(config.to_dict(), shape, DEVICES["h100"], 4)
+    assert 0 < plan.estimate.step < 1
+    assert plan.fits
+    assert ("fsdp" in plan.text()) == (config.train.parallel == "fsdp")
 
 
 @pytest.mark.filterwarnings("error")

@@ -337,8 +337,7 @@ def _explained(error: Exception | None, final: Path, needed: int) -> Exception:
     with contextlib.suppress(OSError):
         free = f", and {shutil.disk_usage(final.parents[1]).free / 1e6:.3g} MB are free"
     return CheckpointError(
-        f"{final} cannot be written: {error}; it takes {needed / 1e6:.3g} MB{free}; "
-        "the checkpoints before it are whole"
+        f"{final} cannot be written: {error}; it takes {needed / 1e6:.3g} MB{free}; the checkpoints before it are whole"
     )
 
 

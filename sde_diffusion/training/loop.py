@@ -238,6 +238,8 @@ class _Run:
             self.checkpoints = Checkpoints(
                 self.workdir, ranks, options.keep_checkpoints, options.keep_every, options.async_checkpoints
             )
+        # Of those that this process takes.
+        self.first_step = self.step
         if ranks.size > 1 and not ranks.sharded:
             self._go_through()
             self._check_all_used()
@@ -426,7 +428,9 @@ class _Run:
             "loss": self._finite("loss", loss) / steps,
             "grad_norm": self._finite_gradient(grad_norm),
             "lr": self._learning_rate(self.step - 1),
-            "images_per_second": steps * self.config.train.batch_size / seconds,
+            "images_per_second": (self.step - max(self.logged_step, self.first_step))
+            * self.config.train.batch_size
+            / seconds,
             **{f"share_{part}": share for part, share in shares.items()},
         }
         if self.scaler.is_enabled():
