@@ -157,7 +157,9 @@ class _NormSiLU(torch.autograd.Function):
 def _layout(x: Tensor) -> torch.memory_format:
     """The order of memory that torch's group normalisation gets x in: contiguous, or on a CPU channels_last."""
     order = _CHANNELS_LAST.get(x.ndim, torch.contiguous_format)
-    return order if x.is_cpu and x.is_contiguous(memory_format=order) else torch.contiguous_format
+    # The kernel also looks at the stride from one image to the next where there is but one, and it may be any.
+    is_dense = len(x) != 1 or x.stride(0) == x.numel()
+    return order if x.is_cpu and is_dense and x.is_contiguous(memory_format=order) else torch.contiguous_format
 
 
 def _norm_silu_gradients(

@@ -435,6 +435,9 @@ class _Run:
         }
         if self.scaler.is_enabled():
             line["loss_scale"] = self.scaler.get_scale()
+            if not math.isfinite(line["grad_norm"]):
+                # The step was left out; JSON has no infinity.
+                del line["grad_norm"]
         self.logged_step, self.unlogged_loss = self.step, torch.zeros_like(self.unlogged_loss)
         return line
 

@@ -900,7 +900,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny, tmp_path, monkeypa
     may_write, write = threading.Event(), Contents.write
 
     def late(self, path):
-        assert may_write.wait(60)
+        assert may_write.wait(20)
         write(self, path)
 
     def act(step):
