@@ -20,6 +20,7 @@ from dataclasses import dataclass
 Schedule = Callable[[int, int], float]
 
 
+@dataclass(frozen=True)
 class Constant:
     """1."""
 
@@ -28,6 +29,7 @@ class Constant:
         return 1.0
 
 
+@dataclass(frozen=True)
 class Linear:
     """Falls to 0 in a straight line."""
 
@@ -36,6 +38,7 @@ class Linear:
         return 1 - step / steps
 
 
+@dataclass(frozen=True)
 class Cosine:
     """Falls to 0 along half a wave."""
 
