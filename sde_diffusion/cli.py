@@ -42,6 +42,7 @@ from sde_diffusion.networks.account import account, quantity
 from sde_diffusion.ode import SolverError
 from sde_diffusion.samplers import sample, solvers
 from sde_diffusion.samplers.grids import GRIDS
+from sde_diffusion.storage import checksum, files_of, flatten
 from sde_diffusion.training import ConfigError, Interrupted, TrainingError, load, train
 from sde_diffusion.training.checkpoint import model_file, pretrained, read_description
 from sde_diffusion.training.config import (
@@ -49,14 +50,12 @@ from sde_diffusion.training.config import (
     autocast_dtype,
     choose,
     choose_device,
-    flatten,
     load_config_file,
     resolve_config,
 )
 from sde_diffusion.training.devices import DEVICES, choose_device_type
 from sde_diffusion.training.distributed import Ranks, launched, place_of_launcher
 from sde_diffusion.training.plan import Plan, check_devices, empty_network
-from sde_diffusion.training.storage import checksum, files_of
 
 Define = Callable[[flags.FlagValues], None]
 Run = Callable[[flags.FlagValues, ConfigDict | None], None]
@@ -197,7 +196,12 @@ def _train(values: flags.FlagValues, config: ConfigDict | None) -> None:
     print(f"{result.step} steps done{loss}, {parameters:,} parameters; the run is in {result.workdir}")
 
 
+def _define_pretrained(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("pretrained", "fashion_mnist", "without --workdir, a model that ships", flag_values=values)
+
+
 def _define_sample(values: flags.FlagValues) -> None:
+    _define_pretrained(values)
     flags.DEFINE_enum("solver", "auto", list(solvers()), "how to solve", flag_values=values)
     flags.DEFINE_integer("count", 16, "number of samples", flag_values=values)
     flags.DEFINE_string("device", "auto", "where to compute", flag_values=values)
@@ -257,6 +261,7 @@ def _draw(values: flags.FlagValues, config: ConfigDict | None, ranks: Ranks) -> 
 
 
 def _define_evaluation(values: flags.FlagValues) -> None:
+    _define_pretrained(values)
     flags.DEFINE_string("dataset", None, f"{', '.join(DATASETS)}; by default that of the run", flag_values=values)
     flags.DEFINE_multi_string("option", [], "NAME=VALUE of the data set, such as path=FOLDER", flag_values=values)
     flags.DEFINE_enum("split", "test", list(SPLITS), "examples to evaluate", flag_values=values)
@@ -501,7 +506,7 @@ def _costs(result: DatasetResult) -> str:
 def _model(values: flags.FlagValues, config: ConfigDict | None) -> tuple[DiffusionModel, dict[str, Any], Path]:
     """The model asked for, or the one that ships, the data section that it goes with, and where it is."""
     workdir = values.workdir or (config.workdir if config is not None else "")
-    path = Path(workdir) if workdir else pretrained("fashion_mnist")
+    path = Path(workdir) if workdir else pretrained(values.pretrained)
     data = read_description(path)["config"]["data"] if config is None else resolve_config(config).data.to_dict()
     return load(path, device=choose_device(values.device)), data, path
 

@@ -42,8 +42,7 @@ from sde_diffusion.data.datasets import DataSource, as_dataset, hash_of_examples
 from sde_diffusion.evaluation.metrics import Moments
 from sde_diffusion.likelihood import bits_per_dim, log_likelihood
 from sde_diffusion.model import Model
-from sde_diffusion.training.config import flatten
-from sde_diffusion.training.storage import read_json, write_json
+from sde_diffusion.storage import flatten, read_json, write_json
 
 # Examples (B, *data_shape) and their indices in the data set to columns (B,) by name, the value that matters first.
 Measure: TypeAlias = Callable[[Tensor, list[int]], Mapping[str, Tensor]]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sde_diffusion.data.datasets import ArrayDataset
-from sde_diffusion.training.storage import CheckpointError, Contents, StoredTensors, fill
+from sde_diffusion.storage import CheckpointError, Contents, StoredTensors, fill
 
 FEATURES = ("fashion_mnist",)
 _HEADER = "sde_diffusion_features"

@@ -41,8 +41,7 @@ from sde_diffusion.losses import TimeSampler
 from sde_diffusion.model import DiffusionModel
 from sde_diffusion.networks import build_network
 from sde_diffusion.sde import SDES
-from sde_diffusion.training.distributed import Ranks
-from sde_diffusion.training.storage import (
+from sde_diffusion.storage import (
     CheckpointError,
     Contents,
     StoredTensors,
@@ -55,6 +54,7 @@ from sde_diffusion.training.storage import (
     sync,
     write_json,
 )
+from sde_diffusion.training.distributed import Ranks
 
 _HEADER = "sde_diffusion"
 _CHECKSUMS = "checksums.json"

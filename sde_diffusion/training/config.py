@@ -19,6 +19,7 @@ from sde_diffusion.losses import SPREADS, TIMES, WEIGHTINGS
 from sde_diffusion.model import PREDICTIONS
 from sde_diffusion.networks import NETWORKS
 from sde_diffusion.sde import SDES
+from sde_diffusion.storage import flatten
 from sde_diffusion.training.ema import NARROWEST, WIDEST
 from sde_diffusion.training.schedules import SCHEDULES
 
@@ -292,14 +293,6 @@ def choose_device(name: str, argument: str = "device") -> torch.device:
 def autocast_dtype(precision: str) -> torch.dtype | None:
     """That of a config's ``train.precision``; None for float32, which is no autocast."""
     return None if precision == "float32" else getattr(torch, precision)
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested fields by their dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value})
-    return flat
 
 
 def _merge(values: dict[str, Any], given: Mapping[str, Any], prefix: str) -> None:

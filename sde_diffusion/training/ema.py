@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.model import DiffusionModel
+from sde_diffusion.storage import CheckpointError, StoredTensors, fill, own
 from sde_diffusion.training.checkpoint import load, save_model
 from sde_diffusion.training.distributed import Ranks
-from sde_diffusion.training.storage import CheckpointError, StoredTensors, fill, own
 
 # Of σ_rel. The widest weighs all steps alike, γ = 0; the narrowest is one step of a run of a million.
 NARROWEST, WIDEST = 1e-6, 12**-0.5

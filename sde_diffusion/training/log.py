@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sde_diffusion.training.storage import write_text
+from sde_diffusion.storage import write_text
 
 
 class Log:

@@ -46,6 +46,7 @@ from sde_diffusion.model import DiffusionModel
 from sde_diffusion.ode import SolverError
 from sde_diffusion.samplers.noise import Streams, unmixed_random_numbers
 from sde_diffusion.samplers.sample import sample
+from sde_diffusion.storage import flatten, read_json
 from sde_diffusion.training.batches import batches
 from sde_diffusion.training.callbacks import Callback, as_callback
 from sde_diffusion.training.checkpoint import (
@@ -61,7 +62,6 @@ from sde_diffusion.training.config import (
     ConfigError,
     autocast_dtype,
     choose_device,
-    flatten,
     resolve_config,
 )
 from sde_diffusion.training.distributed import Gathered, Ranks, exchanging, launched, replicate, shard, whole
@@ -77,7 +77,6 @@ from sde_diffusion.training.run_directory import (
     write_manifest,
 )
 from sde_diffusion.training.schedules import SCHEDULES, Schedule
-from sde_diffusion.training.storage import read_json
 
 # Of a step, whose shares of the time each line of metrics tells.
 _PARTS = ("data", "network", "optimizer", "average", "logging")

@@ -34,8 +34,8 @@ import torch
 
 import sde_diffusion
 from sde_diffusion.data.datasets import DataSource, hash_of_examples
+from sde_diffusion.storage import CheckpointError, read_json, write_json
 from sde_diffusion.training.config import ConfigError
-from sde_diffusion.training.storage import CheckpointError, read_json, write_json
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _ECHO_SECONDS = 1.0

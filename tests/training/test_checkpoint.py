@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sde_diffusion import DataInfo, train
+from sde_diffusion.storage import checksum
 from sde_diffusion.training import CheckpointError, ConfigError, load, pretrained, resolve_config
 from sde_diffusion.training.checkpoint import Checkpoints, newest_checkpoint, read_description
-from sde_diffusion.training.storage import checksum
 
 FILES = ("raw.safetensors", "model.safetensors", "optimizer.safetensors", "state.json")
 
@@ -407,8 +407,8 @@ class Crash(BaseException):
 
 # Whatever touches the disk while a checkpoint is written.
 OPERATIONS = [
-    "sde_diffusion.training.storage.save_file",
-    "sde_diffusion.training.storage.sync",
+    "sde_diffusion.storage.save_file",
+    "sde_diffusion.storage.sync",
     "sde_diffusion.training.checkpoint.sync",
     "pathlib.Path.mkdir",
     "pathlib.Path.write_text",
@@ -488,7 +488,7 @@ def test_a_process_that_ends_as_it_cuts_the_metrics_loses_no_line(tiny, tmp_path
     before = (tmp_path / "metrics.jsonl").read_bytes()
     assert before.count(b"\n") == 5
     with monkeypatch.context() as patches:
-        patches.setattr("sde_diffusion.training.storage.sync", crash)
+        patches.setattr("sde_diffusion.storage.sync", crash)
         with pytest.raises(Crash):
             train(config)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before

@@ -36,10 +36,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sde_diffusion import load, post_hoc_average, train
 from sde_diffusion.data import ArrayDataset
+from sde_diffusion.storage import Contents, StoredTensors, own_rows, part_of
 from sde_diffusion.training import Callback, CheckpointError, loop
 from sde_diffusion.training.checkpoint import Checkpoints, newest_checkpoint
 from sde_diffusion.training.distributed import launched
-from sde_diffusion.training.storage import Contents, StoredTensors, own_rows, part_of
 
 # Imports once what takes seconds to import.
 FORK = multiprocessing.get_context("forkserver")

@@ -23,8 +23,9 @@ from sde_diffusion.losses import (
     Uniform,
 )
 from sde_diffusion.samplers.noise import Streams
+from sde_diffusion.storage import flatten
 from sde_diffusion.training import ConfigError, resolve_config
-from sde_diffusion.training.config import RESUMABLE, flatten
+from sde_diffusion.training.config import RESUMABLE
 from sde_diffusion.training.distributed import Ranks
 from sde_diffusion.training.held_out import Evaluation, SampleDistance, held_out_likelihood, held_out_loss
 

@@ -18,9 +18,9 @@ from sde_diffusion.data import ArrayDataset, DataInfo, load_dataset
 from sde_diffusion.losses import SPREADS, TIMES, WEIGHTINGS, denoising_loss
 from sde_diffusion.model import PREDICTIONS
 from sde_diffusion.sde import SDES
+from sde_diffusion.storage import Contents
 from sde_diffusion.training import Callback, CheckpointError, ConfigError, TrainingError, load
 from sde_diffusion.training.checkpoint import newest_checkpoint
-from sde_diffusion.training.storage import Contents
 
 # Times at which x is the datum within a thousandth or so.
 NEARLY_CLEAN = {"weighting": "simple", "time": {"name": "log_normal", "mean": -6.0, "std": 0.01}}

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sde_diffusion.training import storage
-from sde_diffusion.training.storage import (
+from sde_diffusion import storage
+from sde_diffusion.storage import (
     CheckpointError,
     Contents,
     Rows,
