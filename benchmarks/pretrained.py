@@ -4,6 +4,7 @@ For each model: bits/dim of test images by the probability-flow ODE, with the st
 images, of a model with classes also given each image's class; and the Fréchet distance of samples to the 60,000
 training images in the feature space of `load_features("fashion_mnist")`, samples of a model with classes being of all
 alike. The images, codes, probes and starts are the same for all. With --workdir=RUN, what that run took comes last.
+--picture=docs/images/classes.png draws samples of each class instead.
 
 FOLDER holds the four idx files of the whole data set; without it, the slice in the package is the reference, and the
 distances are others.
@@ -18,6 +19,7 @@ import torch
 
 import sde_diffusion as sd
 from sde_diffusion.data import fashion_mnist
+from sde_diffusion.data.pictures import save_picture
 from sde_diffusion.evaluation import Moments, extract_features, frechet_distance, load_features
 from sde_diffusion.model import DiffusionModel
 
@@ -42,6 +44,14 @@ def distance(model: DiffusionModel, count: int, nfe: int, reference: Moments) ->
     return f"{found.distance:.3f} | {found.corrected:.3f} | {lower:.3f} to {upper:.3f}"
 
 
+def draw(model: DiffusionModel, path: Path) -> None:
+    """Write a picture of eight samples of each class."""
+    classes = getattr(model.network, "classes", 0)
+    labels = torch.arange(classes).repeat(8)
+    samples = sd.sample(model, len(labels), nfe=15, cond={"label": labels}).samples
+    save_picture(samples, model.data, path, columns=classes)
+
+
 def took(workdir: Path, steps: int | None) -> str:
     """Steps, images seen and hours of a run, from its lines of metrics up to so many steps."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -59,9 +69,15 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--nfe", type=int, default=30)
+    parser.add_argument(
+        "--picture", type=Path, help="to write, of samples of each class of the last model, and no more"
+    )
     parser.add_argument("--workdir", type=Path)
     parser.add_argument("--steps", type=int, help="of --workdir, only the first so many")
     arguments = parser.parse_args()
+    if arguments.picture:
+        draw(sd.load(sd.pretrained(arguments.models[-1])), arguments.picture)
+        return
     train = fashion_mnist("train")
     reference = Moments.of(extract_features(train.data.points(train.values), load_features("fashion_mnist")))
     print(f"{arguments.images} test images, {arguments.samples} samples, {len(train)} training images.\n")

@@ -385,11 +385,19 @@ def candidates(asked: Comparison) -> list[Candidate]:
 
 
 def evaluate(asked: Comparison) -> None:
-    """Print the tables of Fréchet distances and of bits/dim."""
-    training, test = (fashion_mnist(split, asked.data) for split in ("train", "test"))
+    """Print the tables of Fréchet distances and of bits/dim, each if it was asked for."""
+    found = candidates(asked)
+    if asked.samples:
+        print_distances(found, asked)
+    if asked.images:
+        print_bits(found, fashion_mnist("test", asked.data).values[: asked.images])
+
+
+def print_distances(found: Sequence[Candidate], asked: Comparison) -> None:
+    """Print Fréchet distances, and how near the samples are to the solution of their ODE."""
+    training = fashion_mnist("train", asked.data)
     features, points = load_features("fashion_mnist"), training.data.points
     reference = Moments.of(extract_features(points(training.values), features))
-    found = candidates(asked)
     print(f"Fréchet distance to {reference.count} training images, 95 % intervals; unipc, {asked.nfe} evaluations.\n")
     columns = "model | parameters | steps | images | CPU s | sampler | samples | distance | without its bias | interval"
     print(f"| {columns} |")
@@ -418,7 +426,6 @@ def evaluate(asked: Comparison) -> None:
         print(
             f"\n{one.name}: difference at {2 * asked.nfe} evaluations {error:.1e}, root mean square{by_own}", flush=True
         )
-    print_bits(found, test.values[: asked.images])
 
 
 def print_bits(found: Sequence[Candidate], codes: Tensor) -> None:
@@ -533,8 +540,8 @@ def main() -> None:
     parser.add_argument("--together", type=int, default=1, help="trainings of peer at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rates", type=float, nargs="+", default=[8e-5, 1e-3])
-    parser.add_argument("--samples", type=int, default=5000)
-    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=5000, help="0: no distances")
+    parser.add_argument("--images", type=int, default=256, help="0: no bits/dim")
     parser.add_argument("--nfe", type=int, default=40)
     arguments = parser.parse_args()
     if arguments.minutes < 0.2:

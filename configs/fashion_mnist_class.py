@@ -3,6 +3,7 @@
 A tenth of the labels is hidden, so that the same network knows the images of all classes together: what guidance
 without a classifier needs (Ho & Salimans 2022, arXiv:2207.12598). `sample --label=K` draws from a class.
 
+The model that ships has been trained on the 60,000 images of the whole data set, up to step 10,000.
 The data are the 10,000 images in the package, or with --config.data.path=FOLDER those of the four original files.
 """
 
